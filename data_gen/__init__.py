@@ -1,0 +1,1 @@
+"""Make the four `.npy` files of the tutorial: ``python -m data_gen --help``."""
