@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+
+from ddp_tutorial.script import write_script
+from tests.ranks import data_gen, save_data, train
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory):
+    """The tutorial's own ddp_sample.py."""
+    path = tmp_path_factory.mktemp("script") / "ddp_sample.py"
+    write_script(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gaussian(tmp_path_factory):
+    """Gaussian data of the default sizes. Do not change the files."""
+    folder = tmp_path_factory.mktemp("gaussian")
+    assert data_gen("gaussian", "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gaussian_run(script, gaussian, tmp_path_factory):
+    """One process with the default flags on the Gaussian data."""
+    return train(0, script, gaussian, tmp_path_factory.mktemp("gaussian_run"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The handwritten digits. Do not change the files."""
+    folder = tmp_path_factory.mktemp("digits")
+    assert data_gen("digits", "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A few samples in a folder of the test's own."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((60, 3)).astype(np.float32), np.arange(60) % 3
+    return save_data(tmp_path / "small", X_train=X[:40], y_train=y[:40], X_val=X[40:], y_val=y[40:])

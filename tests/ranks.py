@@ -1,0 +1,207 @@
+"""Real ranks for the tests: started by torchrun, or forked from a server that has imported torch already.
+
+A test of the launch itself takes `torchrun`. `start_ranks` is ten times faster and gives every rank's own exit
+code and output, which torchrun hides behind its summary. A forked rank ends without the interpreter's shutdown,
+and inherits imports that a fresh one makes itself: where either matters, use `torchrun` or `fork=False`.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data_gen.__main__ import main as data_gen_main
+
+SET_BY_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+IMPORTED_BY_SERVER = [
+    "torch._dynamo",  # the first optimizer would import it: a second for each rank
+    "torch.distributed.nn.functional",
+    "torch.distributed.elastic.multiprocessing.errors",
+    "ddp_tutorial.checkpoint",
+    "ddp_tutorial.data",
+    "ddp_tutorial.history",
+    "ddp_tutorial.training",
+    "tqdm",
+]
+
+
+class Rank(NamedTuple):
+    """How a rank ended: its exit code (negative: the signal that ended it) and what it said."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Result(NamedTuple):
+    """What a run left: history.jsonl without the seconds, checkpoint.pt."""
+
+    history: list[dict]
+    checkpoint: dict
+
+
+class Attack:
+    """Unpickled, it writes to `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def torchrun(n: int, script: Path, *flags, timeout: float = 90) -> subprocess.CompletedProcess:
+    """`torchrun --standalone --nproc-per-node=n --nnodes=1 script flags`. Raises `subprocess.TimeoutExpired`."""
+    program = shutil.which("torchrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    command = [program, "--standalone", f"--nproc-per-node={n}", "--nnodes=1", *map(str, (script, *flags))]
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=folder, env=environment(folder), **pipes)
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the agent then ends its ranks; SIGKILL would leave them alive
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=40)
+            raise
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def start_ranks(n: int, script: Path, *flags, rank_env: dict[int, dict] | None = None, **options) -> list[Rank]:
+    """`n` ranks of one machine; with `n` 0, one process that knows nothing of ranks, as `python script flags`.
+
+    `rank_env` holds environment variables of single ranks; for `options` see `start`.
+    """
+    if n == 0:
+        return [start([(rank_env or {}).get(0, {})], script, flags, **options)[0]]
+    common = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    settings = [common | {"RANK": r, "LOCAL_RANK": r} | (rank_env or {}).get(r, {}) for r in range(n)]
+    return start(settings, script, flags, **options)
+
+
+def start(settings: list[dict], script: Path, flags: tuple, timeout: float = 60, fork: bool = True) -> list[Rank]:
+    """A process of the script with each of the environments `settings`; fails at the timeout with what they said."""
+    command = [str(word) for word in (script, *flags)]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for i, setting in enumerate(settings):
+            env = environment(folder) | {key: str(value) for key, value in setting.items()}
+            if fork:
+                processes.append(server().Process(target=become, args=(command, env, folder, i)))
+                processes[-1].start()
+            else:
+                outputs = {stream: open(f"{folder}/{i}.{stream}", "w") for stream in ("stdout", "stderr")}
+                processes.append(subprocess.Popen([sys.executable, *command], cwd=folder, env=env, **outputs))
+                for file in outputs.values():
+                    file.close()
+        deadline = time.monotonic() + timeout
+        codes = [exit_code(process, deadline) for process in processes]
+        for process in processes:
+            process.kill()
+            exit_code(process, time.monotonic() + 5)
+        outputs = [[Path(folder, f"{i}.{s}").read_text() for s in ("stdout", "stderr")] for i in range(len(codes))]
+    ranks = [Rank(code, *output) for code, output in zip(codes, outputs, strict=True)]
+    assert None not in codes, f"not ended after {timeout} s: {ranks}"
+    return ranks
+
+
+def exit_code(process, deadline: float) -> int | None:
+    """Of a process of subprocess or multiprocessing; None if it still runs at the deadline."""
+    left = max(0, deadline - time.monotonic())
+    if isinstance(process, subprocess.Popen):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(left)
+        return process.returncode
+    process.join(left)
+    return process.exitcode
+
+
+def become(command: list[str], env: dict, folder: str, i: int) -> None:
+    """Make this forked process what `python *command` would be."""
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(f"{i}.{stream}", os.O_WRONLY | os.O_CREAT), descriptor)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def server():
+    """The process to fork from. It starts on first use."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, in the server
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_BY_SERVER)
+    return context
+
+
+def environment(folder: str) -> dict:
+    """This process's, less what would make it a rank or lend it data. torchrun leaves files in TMPDIR."""
+    kept = {key: value for key, value in os.environ.items() if key not in (*SET_BY_LAUNCHERS, "DDP_DATA_DIR")}
+    return kept | {"OMP_NUM_THREADS": "1", "TMPDIR": folder}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train(n: int, script: Path, data: Path, out: Path, *flags, **options) -> Result:
+    """Run the script with `start_ranks`; every rank must leave with 0."""
+    ranks = start_ranks(n, script, "--data-dir", data, "--out", out, *flags, **options)
+    assert [rank.code for rank in ranks] == [0] * len(ranks), ranks
+    return result(out)
+
+
+def result(out: Path) -> Result:
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    for line in history:
+        del line["seconds"]
+    return Result(history, torch.load(out / "checkpoint.pt", weights_only=True))
+
+
+def losses(history: list[dict]) -> list[dict]:
+    """A history without the number of ranks it was made with."""
+    return [{key: value for key, value in line.items() if key != "world_size"} for line in history]
+
+
+def changed(script: Path, old: str, new: str, copy: Path) -> Path:
+    """Write a copy of the script with its only `old` replaced by `new`."""
+    text = script.read_text()
+    assert text.count(old) == 1, f"{old!r} is in the script {text.count(old)} times"
+    copy.write_text(text.replace(old, new))
+    return copy
+
+
+def save_data(folder: Path, **arrays) -> Path:
+    """Each array to `folder`/NAME.npy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def data_gen(*argv) -> int:
+    """`python -m data_gen argv` in this process; returns its exit code."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return data_gen_main([str(word) for word in argv])
+    finally:
+        signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,248 @@
+"""Each mistake: one line that says what, where and what to do; exit code 2 on every rank; no hang."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks import changed, save_data, start_ranks, torchrun, train
+
+PREFIX = "ddp_sample.py: error: "
+ONE_PROCESS_AND_FOUR_RANKS = pytest.mark.parametrize("n", [0, 4], ids=["one_process", "four_ranks"])
+
+
+def rewrite(name, change):
+    """Damage of an array."""
+
+    def damage(folder: Path):
+        save_data(folder, **{name: change(np.load(folder / f"{name}.npy"))})
+
+    return damage
+
+
+def cut(name, size):
+    """Damage of a file's length."""
+
+    def damage(folder: Path):
+        path = folder / f"{name}.npy"
+        path.write_bytes(path.read_bytes()[:size])
+
+    return damage
+
+
+def put(row, value):
+    """A change of an array: row `row` becomes `value`."""
+
+    def change(array):
+        array = array.astype(type(value)) if isinstance(value, float) else array
+        array[row] = value
+        return array
+
+    return change
+
+
+def remove_all(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def archive(folder):
+    np.savez(folder / "y_train.npz", np.arange(40))
+    (folder / "y_train.npz").rename(folder / "y_train.npy")
+
+
+def text(folder):
+    (folder / "X_val.npy").write_text("1,2,3\n")
+
+
+def directory(folder):
+    (folder / "X_val.npy").unlink()
+    (folder / "X_val.npy").mkdir()
+
+
+# The damage, what the line must name, and a word of its remedy.
+DATA = {
+    "missing folder": (remove_all, "", "--data-dir"),
+    "missing file": (lambda folder: (folder / "y_val.npy").unlink(), "y_val.npy", "--data-dir"),
+    "a folder for a file": (directory, "X_val.npy", "readable"),
+    "not npy": (text, "X_val.npy", "numpy.save"),
+    "empty file": (cut("y_train", 0), "y_train.npy", "numpy.save"),
+    "cut in the header": (cut("X_train", 50), "X_train.npy", "numpy.save"),
+    "cut in the values": (cut("X_train", -40), "X_train.npy", "numpy.save"),
+    "pickled objects": (rewrite("y_train", lambda y: y.astype(object)), "y_train.npy", "numpy.save"),
+    "npz archive": (archive, "y_train.npy", "numpy.save"),
+    "X of one dimension": (rewrite("X_train", np.ravel), "X_train.npy", "(samples, features)"),
+    "X without features": (rewrite("X_val", lambda X: X[:, :0]), "X_val.npy", "(samples, features)"),
+    "y of two dimensions": (rewrite("y_val", lambda y: y[:, None]), "y_val.npy", "(samples,)"),
+    "lengths differ": (rewrite("y_train", lambda y: y[1:]), "y_train.npy", "one label"),
+    "labels not whole": (rewrite("y_val", put(7, 1.5)), "y_val.npy", "0, 1, 2"),
+    "label nan": (rewrite("y_train", put(39, np.nan)), "y_train.npy", "0, 1, 2"),
+    "label infinite": (rewrite("y_train", put(39, np.inf)), "y_train.npy", "0, 1, 2"),
+    "label negative": (rewrite("y_train", put(39, -1)), "y_train.npy", "0, 1, 2"),
+    "one class": (rewrite("y_train", np.zeros_like), "y_train.npy", "at least two classes"),
+    "features differ": (rewrite("X_val", lambda X: X[:, :2]), "X_val.npy", "the same features"),
+    "label unseen": (rewrite("y_val", put(19, 3)), "y_val.npy", "add training samples"),
+    "text values": (rewrite("X_train", lambda X: X.astype(str)), "X_train.npy", "real numbers"),
+    "complex values": (rewrite("X_train", lambda X: X.astype(complex)), "X_train.npy", "real numbers"),
+    "nan in X_train": (rewrite("X_train", put((39, 2), np.nan)), "X_train.npy", "replace"),
+    "inf in X_val": (rewrite("X_val", put((0, 1), np.inf)), "X_val.npy", "replace"),
+    "no training samples": (lambda folder: empty(folder, "train"), "X_train.npy", "at least one"),
+    "no validation samples": (lambda folder: empty(folder, "val"), "X_val.npy", "at least one"),
+}
+
+
+def empty(folder, split):
+    for name in (f"X_{split}", f"y_{split}"):
+        rewrite(name, lambda array: array[:0])(folder)
+
+
+def assert_refused(ranks, names, remedy):
+    assert [rank.code for rank in ranks] == [2] * len(ranks), ranks
+    (line,) = "".join(rank.stderr for rank in ranks).splitlines()
+    assert_good_line(line, names, remedy)
+
+
+def assert_good_line(line, names, remedy):
+    assert line.startswith(PREFIX)
+    what, do = line.removeprefix(PREFIX).rsplit(": ", 1)
+    assert names in what and len(what) > len(names) + 10  # it says more than the name
+    assert remedy in do
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+@pytest.mark.parametrize("case", DATA)
+def test_bad_data(case, n, script, small, tmp_path):
+    damage, name, remedy = DATA[case]
+    damage(small)
+    assert_refused(
+        start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out"),
+        str(small / name) if name else str(small),
+        remedy,
+    )
+    assert not (tmp_path / "out").exists()
+
+
+FLAGS = {
+    "unknown": (["--frobnicate"], "--frobnicate", "--help"),
+    "shortened": (["--epoch", "3"], "--epoch", "--help"),
+    "epochs 0": (["--epochs", "0"], "--epochs: 0", "--help"),
+    "epochs text": (["--epochs", "ten"], "--epochs: ten", "--help"),
+    "batch negative": (["--batch-size", "-4"], "--batch-size", "--help"),
+    "lr 0": (["--lr", "0"], "--lr: 0", "--help"),
+    "lr nan": (["--lr", "nan"], "--lr: nan", "--help"),
+    "lr beyond float32": (["--lr", "1e300"], "--lr: 1e300", "--help"),
+    "seed": (["--seed", "-1"], "--seed", "--help"),
+    "device": (["--device", "tpu"], "--device", "--help"),
+    "no value": (["--out"], "--out", "--help"),
+    "resume nothing": (["--resume"], "checkpoint.pt", "without --resume"),
+}
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+@pytest.mark.parametrize("case", FLAGS)
+def test_bad_flags(case, n, script, small, tmp_path):
+    flags, names, remedy = FLAGS[case]
+    assert_refused(start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out", *flags), names, remedy)
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_no_gpu(n, script, small):
+    assert_refused(start_ranks(n, script, "--data-dir", small, "--device", "cuda"), "--device cuda", "--device auto")
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+def test_a_file_in_the_way_of_out(n, script, small, tmp_path):
+    (tmp_path / "out").touch()
+    assert_refused(start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out"), "--out", "folder")
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+@pytest.mark.parametrize("name", ["history.jsonl", "checkpoint.writing.pt"])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_the_disk_is_full(name, n, script, small, tmp_path):
+    (tmp_path / name).symlink_to("/dev/full")
+    assert_refused(start_ranks(n, script, "--data-dir", small, "--out", tmp_path), str(tmp_path), "--out")
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+def test_a_damaged_checkpoint(n, script, small, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    ranks = start_ranks(n, script, "--data-dir", small, "--out", tmp_path, "--resume")
+    assert_refused(ranks, "checkpoint.pt", "without --resume")
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+def test_a_checkpoint_without_its_history(n, script, small, tmp_path):
+    train(0, script, small, tmp_path, "--epochs", 1)
+    (tmp_path / "history.jsonl").unlink()
+    ranks = start_ranks(n, script, "--data-dir", small, "--out", tmp_path, "--resume")
+    assert_refused(ranks, "history.jsonl", "without --resume")
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+def test_a_checkpoint_of_other_data(n, script, small, digits, tmp_path):
+    train(0, script, digits, tmp_path, "--epochs", 1)
+    ranks = start_ranks(n, script, "--data-dir", small, "--out", tmp_path, "--resume")
+    assert_refused(ranks, "checkpoint.pt", "without --resume")
+
+
+def test_a_batch_that_the_ranks_do_not_divide(script, small, tmp_path):
+    flags = ("--data-dir", small, "--out", tmp_path / "out", "--batch-size")
+    assert_refused(start_ranks(4, script, *flags, 30), "--batch-size 30", "such as 28")
+    assert_refused(start_ranks(3, script, *flags, 64), "--batch-size 40 (all samples)", "such as 39")
+    assert [rank.code for rank in start_ranks(4, script, *flags, 28, "--epochs", 1)] == [0] * 4
+
+
+def test_fewer_samples_than_ranks(script, small, tmp_path):
+    for name in ("X_train", "y_train"):
+        rewrite(name, lambda array: array[:3])(small)
+    ranks = start_ranks(4, script, "--data-dir", small, "--out", tmp_path / "out")
+    assert_refused(ranks, "X_train.npy: 3 samples cannot be shared by 4 ranks", "at most 3")
+
+
+@pytest.mark.parametrize("alone", [0, 2])
+def test_one_rank_alone_meets_the_mistake(alone, script, small, tmp_path):
+    """As on a machine where the data are missing: the others must not wait for it."""
+    rank_env = {r: {"DDP_DATA_DIR": tmp_path / "missing" if r == alone else small} for r in range(4)}
+    ranks = start_ranks(4, script, "--out", tmp_path / "out", rank_env=rank_env)
+    assert_refused(ranks, str(tmp_path / "missing"), "--data-dir")
+    assert ranks[0].stderr  # rank 0 speaks, whoever met it
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+def test_help_is_printed_once(n, script):
+    ranks = start_ranks(n, script, "--help")
+    assert [rank.code for rank in ranks] == [0] * len(ranks), ranks
+    assert ranks[0].stdout.startswith("usage: ddp_sample.py") and "--batch-size" in ranks[0].stdout
+    assert [rank.stdout for rank in ranks[1:]] == [""] * len(ranks[1:])
+    assert {rank.stderr for rank in ranks} == {""}
+
+
+@pytest.mark.parametrize("case", ["cut in the values", "unknown"])
+def test_torchrun_shows_the_line_once_before_its_summary(case, script, small, tmp_path):
+    flags = ()
+    if case in DATA:
+        damage, names, remedy = DATA[case]
+        damage(small)
+    else:
+        flags, names, remedy = FLAGS[case]
+    slow = tmp_path / "ddp_sample.py"  # torchrun terminates the last rank unless it is ready, and guarded, in time
+    changed(script, "signal.signal(signal.SIGTERM", "time.sleep(rank / 3); signal.signal(signal.SIGTERM", slow)
+    changed(slow, "sys.exit(2)", "time.sleep(rank / 3); sys.exit(2)", slow)
+    done = torchrun(4, slow, "--data-dir", small, "--out", tmp_path / "out", *flags)
+    assert done.returncode == 1  # torchrun's own
+    ours = [i for i, line in enumerate(done.stderr.splitlines()) if PREFIX in line]
+    assert ours == [0], done.stderr
+    assert_good_line(done.stderr.splitlines()[0], names, remedy)
+    assert re.findall(r"exitcode +: (\S+)", done.stderr) == ["2"] * 4
+    assert done.stderr.count("Traceback") == 1  # torchrun's own, above its summary
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+def test_the_largest_seed(n, script, small, tmp_path):
+    train(n, script, small, tmp_path, "--epochs", 1, "--seed", 2**63 - 1)

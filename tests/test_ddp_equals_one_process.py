@@ -1,0 +1,130 @@
+"""The same training at any number of ranks: losses, weights, batches, validation."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ranks import changed, data_gen, losses, result, save_data, start_ranks, torchrun, train
+
+# 96 divides among 1, 2, 3 and 4 ranks; 1,001 samples do not, and leave a part of a batch over.
+FLAGS = ("--batch-size", 96, "--epochs", 5)
+# The ranks add the same float32 gradients in another order. That moves a sum by some units of 1.2e-7; 50 steps
+# of a convex problem at a stable learning rate do not amplify it. Measured: below 1e-6. A wrong batch, a gradient
+# not averaged or a sample counted twice moves the losses by 1e-3 and more.
+CLOSE = {"rtol": 1e-5, "atol": 5e-6}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uneven")
+    assert data_gen("gaussian", "--out", folder, "--n-train", 1001, "--n-val", 1003) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(script, data, tmp_path_factory):
+    return train(0, script, data, tmp_path_factory.mktemp("one"), *FLAGS)
+
+
+def assert_equal_training(run, expected, n):
+    assert [line["world_size"] for line in run.history] == [n] * 5
+    torch.testing.assert_close(losses(run.history), losses(expected.history), **CLOSE)
+    torch.testing.assert_close(run.checkpoint["model"], expected.checkpoint["model"], **CLOSE)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_ranks_train_as_one_process(n, script, data, one_process, tmp_path):
+    assert_equal_training(train(n, script, data, tmp_path, *FLAGS), one_process, n)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_torchrun_trains_as_one_process(n, script, data, one_process, tmp_path):
+    done = torchrun(n, script, "--data-dir", data, "--out", tmp_path, *FLAGS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_equal_training(result(tmp_path), one_process, n)
+
+
+def test_the_runs_compared_do_train(one_process):
+    first, *_, last = one_process.history
+    assert last["train_loss"] < 0.7 * first["train_loss"]
+
+
+@pytest.mark.parametrize("n_val", range(1, 18))
+def test_validation_is_exact(n_val, script, small, tmp_path):
+    data = save_data(
+        tmp_path / "data",
+        **{path.stem: np.load(path)[: n_val if "val" in path.stem else None] for path in small.iterdir()},
+    )
+    flags = ("--batch-size", 20, "--epochs", 1)
+    ranks, one = (train(n, script, data, tmp_path / f"{n}", *flags) for n in (4, 0))
+    assert ranks.history[0]["val_accuracy"] == one.history[0]["val_accuracy"]
+    torch.testing.assert_close(losses(ranks.history), losses(one.history), **CLOSE)
+    model = ranks.checkpoint["model"]  # and by hand, from the weights that were validated
+    x = (torch.from_numpy(np.load(data / "X_val.npy")) - model["0.mean"]) / model["0.scale"]
+    log_p = (x @ model["1.linear.weight"].T + model["1.linear.bias"]).log_softmax(1)
+    y = torch.from_numpy(np.load(data / "y_val.npy"))
+    assert ranks.history[0]["val_accuracy"] == (log_p.argmax(1) == y).double().mean().item()
+    assert ranks.history[0]["val_loss"] == pytest.approx(-log_p[range(n_val), y].double().mean().item(), rel=1e-6)
+
+
+REPORT_READS = """
+import json
+def report(self, indices, gather=NpyDataset.__getitems__):
+    print(json.dumps([self.X_path.stem, indices]), file=sys.stderr)
+    return gather(self, indices)
+NpyDataset.__getitems__ = report
+distributed ="""
+EPOCHS, STEPS, N_TRAIN, N_VAL = 3, 4, 48, 18
+
+
+@pytest.fixture
+def reads(script, small, tmp_path):
+    """A function: which samples each rank of a run reads, {split: [rank][batch][sample]}."""
+    data = save_data(
+        tmp_path / "data",
+        **{path.stem: np.resize(np.load(path), (N_TRAIN if "train" in path.stem else N_VAL, *np.load(path).shape[1:]))
+           for path in small.iterdir()},
+    )  # fmt: skip
+    reporting = changed(script, "\ndistributed =", REPORT_READS, tmp_path / "reporting.py")
+
+    def run(n, script=reporting):
+        flags = ("--data-dir", data, "--out", tmp_path / "out", "--epochs", EPOCHS, "--batch-size", N_TRAIN // STEPS)
+        ranks = start_ranks(n, script, *flags)
+        assert {rank.code for rank in ranks} == {0}, ranks
+        lines = [[json.loads(line) for line in rank.stderr.splitlines()] for rank in ranks]
+        return {split: [[read for name, read in rank if name == split] for rank in lines]
+                for split in ("X_train", "X_val")}  # fmt: skip
+
+    run.script = reporting
+    return run
+
+
+def global_batches(ranks):
+    """[epoch][step]: what all ranks read for it, in ascending order."""
+    steps = [sorted(itertools.chain(*shares)) for shares in zip(*ranks, strict=True)]
+    return [steps[i : i + STEPS] for i in range(0, EPOCHS * STEPS, STEPS)]
+
+
+def test_the_samples_are_dealt_out(reads):
+    runs = {n: reads(n) for n in (0, 2, 4)}
+    batches = {n: global_batches(run["X_train"]) for n, run in runs.items()}
+    assert batches[0] == batches[2] == batches[4]
+    for n, run in runs.items():
+        for rank in run["X_train"]:
+            assert [len(share) for share in rank] == [N_TRAIN // STEPS // max(1, n)] * EPOCHS * STEPS
+        for epoch in batches[n]:
+            assert sorted(itertools.chain(*epoch)) == list(range(N_TRAIN))
+        for epoch in range(EPOCHS):  # a rank may have none of a small validation set; 18 is enough for 4
+            assert sorted(itertools.chain(*(rank[epoch] for rank in run["X_val"]))) == list(range(N_VAL))
+    orders = [runs[4]["X_train"][0][epoch * STEPS : (epoch + 1) * STEPS] for epoch in range(EPOCHS)]
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
+def test_without_set_epoch_the_order_repeats(reads, tmp_path):
+    forgetful = changed(reads.script, "sampler.set_epoch(epoch)", "pass", tmp_path / "forgetful.py")
+    for rank in reads(4, forgetful)["X_train"]:
+        first, *others = (rank[i : i + STEPS] for i in range(0, EPOCHS * STEPS, STEPS))
+        assert others == [first] * (EPOCHS - 1)
