@@ -1,17 +1,55 @@
-"""A checkpoint that is on the disk whole, or not at all."""
+"""Checkpoints that are whole, and are known to be."""
 
+import hashlib
+import io
 import os
-from contextlib import suppress
+import sys
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ddp_tutorial.cli import UserError
+from ddp_tutorial.cli import UserError, reason, say
+from ddp_tutorial.files import check_regular, write_atomically
+
+CHECKSUM = hashlib.sha256  # torch.load does not look at the checksums that its zip archive has
+CHECKSUM_SIZE = CHECKSUM().digest_size  # bytes, at the end of the file, which torch.load overlooks
+UNNAMED = "none"  # torchrun's own word for a launch without a name
 
 
 class CheckpointError(UserError):
     """A checkpoint cannot be read, written or used."""
+
+
+class Progress(NamedTuple):
+    """How far a run has come.
+
+    `epoch` counts the epochs that are finished. `sums` is for an epoch that was stopped on its way: what
+    `train_one_epoch` has returned on each rank, (ranks, 2) float64; else None.
+    """
+
+    epoch: int = 0
+    sums: Tensor | None = None
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples of the next epoch the ranks together have trained on."""
+        return 0 if self.sums is None else round(self.sums[:, 1].sum().item())
+
+    def sums_of(self, rank: int, world_size: int) -> list[float]:
+        """What `train_one_epoch` on `rank` is to start the next epoch with."""
+        if self.sums is None:
+            return [0.0, 0.0]
+        if len(self.sums) == world_size:
+            return self.sums[rank].tolist()
+        return (self.sums.sum(dim=0) * (rank == 0)).tolist()  # another number of ranks: the first takes it all
+
+
+def launch() -> str:
+    """The name that torchrun has given to this launch."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", UNNAMED)
 
 
 def previous(path: Path) -> Path:
@@ -19,71 +57,175 @@ def previous(path: Path) -> Path:
     return path.with_suffix(".previous" + path.suffix)
 
 
-def exists(path: Path) -> bool:
-    """Whether there is anything to `load`."""
-    return path.exists() or previous(path).exists()
+def set_aside(path: Path) -> None:
+    """Rename an earlier run's checkpoint, so that `read` does not find it. Raises `CheckpointError`."""
+    try:
+        for file in (previous(path), path):  # the newest comes last, and stays
+            if file.exists():
+                os.replace(file, path.with_suffix(".earlier" + path.suffix))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {reason(error)}: move it, or name another --out") from None
 
 
-def discard(path: Path) -> None:
-    """Remove what there is to `load`. Raises `CheckpointError`."""
-    for file in (path, previous(path)):
-        try:
-            file.unlink(missing_ok=True)
-        except NotADirectoryError:
-            pass  # nor is there a checkpoint
-        except OSError as error:
-            raise CheckpointError(f"{file}: {error.strerror or error}: remove it, or name another --out") from None
+def save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    sums: Tensor | None = None,
+    settings: dict | None = None,
+) -> None:
+    """Write everything that training needs to go on, and a checksum; keep the old file as `previous(path)`.
 
-
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-    """Write everything that training needs to go on after `epoch`; keep the old file as `previous(path)`.
-
-    Pass the plain model, so that no `module.` stands before the names. The bytes go to a temporary
-    file in the same folder, are flushed to the disk and get their name by a rename: a process killed
-    at any moment leaves a whole file under `path` or `previous(path)`. Raises `CheckpointError`.
+    `epoch` and `sums` are those of `Progress`; `settings` maps the names of what a resumed run must
+    not change to plain values. Pass the plain model, so that no `module.` stands before the names.
+    Of the random numbers it keeps the CPU's; nothing here draws any on a GPU.
+    Raises `CheckpointError`, also where a weight is not finite.
     """
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise CheckpointError(f"{path}: not written, for a weight is not finite: use a smaller --lr")
     state = {
         "epoch": epoch,
+        "sums": sums,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
+        "settings": describe(model, optimizer, settings),
+        "launch": launch(),
     }
-    temporary = path.with_suffix(".writing" + path.suffix)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, previous(path))
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        with suppress(OSError):
-            temporary.unlink()
-        raise CheckpointError(
-            f"{path}: cannot be written ({reason(error)}): free the disk, or name another --out"
-        ) from None
+        write_atomically(path, content + CHECKSUM(content).digest(), keep=previous(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({reason(error)}): mend it, or name another --out") from None
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put the state of `path`, or of `previous(path)` if there is none, into `model` and `optimizer`.
+def describe(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None) -> dict:
+    """What a checkpoint and the run that goes on from it must have in common."""
+    shapes = {f"{name} of shape": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return (settings or {}) | shapes | {"optimizer": type(optimizer).__name__}
 
-    Returns the last epoch that was finished. Only tensors and plain values are read
-    (`weights_only=True`): a checkpoint cannot run code. Raises `CheckpointError`.
+
+def outline(value):
+    """The types and shapes in nested dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: outline(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [outline(inner) for inner in value]
+    if isinstance(value, Tensor):
+        has_all = value.untyped_storage().nbytes() >= value.nbytes  # an expanded one has not
+        return tuple(value.shape), value.dtype, value.layout, value.is_meta, has_all
+    return type(value)
+
+
+def options(groups: list[dict]) -> list[dict]:
+    """Those of an optimizer's groups of parameters that never change."""
+    return [group | {"lr": type(group["lr"])} for group in groups]
+
+
+def check_state(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` unless a `state` is one that `save` writes for such a model and such an optimizer."""
+    epoch, sums = state["epoch"], state["sums"]
+    if type(epoch) is not int or epoch < 0:
+        raise ValueError(f"its epoch is {epoch!r}")
+    if sums is not None and (outline(sums) != outline(torch.zeros(len(sums), 2).double()) or not sums.isfinite().all()):
+        raise ValueError("its sums are not those of ranks")
+    if outline(state["model"]) != outline(model.state_dict()):
+        raise ValueError("its weights are of other types")
+    groups, values_of = map(dict(state["optimizer"]).get, ("param_groups", "state"))
+    groups = [dict(group) for group in groups]
+    if any(not 0 < group["lr"] < 1e38 for group in groups):  # a schedule may have changed it
+        raise ValueError("its learning rate is out of range")
+    if options(groups) != options(optimizer.state_dict()["param_groups"]):
+        raise ValueError("its optimizer has other options")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, values in values_of.items():
+        weight = parameters[i].data
+        if outline(values.get("momentum_buffer", weight)) != outline(weight):  # SGD's; what others keep varies
+            raise ValueError("its optimizer is in another state")
+
+
+def read(path: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint, `path` or `previous(path)`: its file and its state; None if there is neither.
+
+    Only tensors and plain values are read (`weights_only=True`): a checkpoint cannot run code.
+    Says so if `path` is damaged; raises `CheckpointError` if neither is whole.
     """
-    found = path if path.exists() else previous(path)
+    damage = None
+    for file in (path, previous(path)):
+        try:
+            check_regular(file)
+            content = file.read_bytes()
+            if CHECKSUM(content[:-CHECKSUM_SIZE]).digest() != content[-CHECKSUM_SIZE:]:
+                raise ValueError("its checksum is wrong")
+            with warnings.catch_warnings(action="ignore"):  # torch's, about tensors of other kinds than ours
+                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or "launch" not in state:
+                raise ValueError("it is not a checkpoint of this package")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except Exception as error:  # torch raises many kinds
+            damage = damage or f"{file}: damaged ({reason(error)})"
+        else:
+            if damage:
+                say(f"{damage}: {file.name} is whole", file=sys.stderr)
+            return file, state
+    if damage:
+        raise CheckpointError(f"{damage}: put a copy back, or start without --resume")
+    return None
+
+
+def find(path: Path, resume: bool, restarted: bool) -> tuple[Path, dict] | None:
+    """What a run at `path` goes on from: what `read` finds, if it shall `resume` or the same launch has saved it.
+
+    Else None, and an earlier run's checkpoint gets another name: nothing is lost, and no restart goes on
+    from it. torchrun names each `--standalone` launch; where a launch has no name of its own, only a
+    `restarted` group goes on unasked. Raises `CheckpointError`, also if there is nothing to `resume`.
+    """
     try:
-        state = torch.load(found, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        return int(state["epoch"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no checkpoint to resume: start without --resume") from None
-    except Exception as error:  # torch raises many kinds for a damaged file, and for that of another model
-        raise CheckpointError(f"{found}: cannot be resumed ({reason(error)}): start without --resume") from None
+        found = read(path)
+    except CheckpointError:
+        if resume or restarted:
+            raise
+        found = None
+    if resume and found is None:
+        raise CheckpointError(f"{path}: there is no checkpoint to resume: start without --resume")
+    of_this_launch = found and found[1]["launch"] == launch() and (restarted or launch() != UNNAMED)
+    return found if resume or of_this_launch else set_aside(path)
 
 
-def reason(error: Exception) -> str:
-    """The last line of what `error` says."""
-    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+def restore(
+    found: tuple[Path, dict] | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None = None
+) -> Progress:
+    """Put a state that `find` or `read` has found, if any, into `model`, `optimizer` and torch's random numbers.
+
+    Raises `CheckpointError`, which names what differs, if it was made with other `settings`, another
+    model or another optimizer.
+    """
+    if found is None:
+        return Progress()
+    file, state = found
+    try:
+        was, now = state["settings"], describe(model, optimizer, settings)
+        differs = [f"{key} {was.get(key)}, not {now.get(key)}" for key in now | was if was.get(key) != now.get(key)]
+        if not differs:
+            with warnings.catch_warnings(action="ignore"):
+                check_state(state, model, optimizer)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            done = Progress(state["epoch"], state["sums"])
+            say(
+                f"{file}: going on after epoch {done.epoch}" + f" and {done.n_samples:,} samples" * (done.n_samples > 0)
+            )
+            return done
+    except Exception as error:  # a whole file of something else
+        differs = [f"something else ({reason(error)})"]
+    raise CheckpointError(f"{file}: made with {differs[0]}: resume with the same, or start without --resume")
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None = None) -> Progress:
+    """What a run in one process does to resume: `find` and `restore`. Raises `CheckpointError`."""
+    return restore(find(path, resume=True, restarted=False), model, optimizer, settings)

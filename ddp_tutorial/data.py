@@ -1,6 +1,7 @@
 """The four `.npy` files as PyTorch datasets, and the checks that refuse bad files."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ddp_tutorial.cli import UserError
+from ddp_tutorial.cli import UserError, reason
+from ddp_tutorial.files import check_regular
 
 DEFAULT_DATA_DIR = "/mnt/ddp/sample"
 SCAN_BYTES = 16 * 2**20  # of float32 features read at a time: no scan needs the file in memory
@@ -112,12 +114,14 @@ class NpyDataset(Dataset):
 def map_array(path: Path) -> np.ndarray:
     """Map a `.npy` file of real numbers for reading. Raises `DataError`."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        check_regular(path)
+        with warnings.catch_warnings(action="ignore"):  # numpy's own, about headers that Python 2 wrote
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file: make sample data with 'python -m data_gen', or name another folder with --data-dir") from None  # fmt: skip
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}: make the file readable") from None
-    except (ValueError, EOFError, SyntaxError, OverflowError, MemoryError, TypeError) as error:
+        raise DataError(f"{path}: {reason(error)}: put a readable file there") from None
+    except Exception as error:  # whatever a made-up header provokes: numpy evaluates it
         raise DataError(f"{path}: {why_unreadable(path, error)}: write it again with numpy.save") from None
     if not isinstance(array, np.ndarray):
         array.close()
@@ -144,9 +148,10 @@ def check_labels(y: np.ndarray, path: Path) -> np.ndarray:
     found = np.empty(0, np.int64)
     for i in range(0, len(y), SCAN_BYTES // 8):
         values = np.unique(y[i : i + SCAN_BYTES // 8])
-        if values.dtype.kind == "f" and not (values == np.floor(values)).all():
-            wrong = values[~(values == np.floor(values))][0]
-            raise DataError(f"{path}: the label {wrong:g} is not an integer: number the classes 0, 1, 2, ...")
+        with np.errstate(invalid="ignore"):
+            wrong = values[values != np.floor(values)] if values.dtype.kind == "f" else ()
+        if len(wrong):
+            raise DataError(f"{path}: the label {wrong[0]:g} is not an integer: number the classes 0, 1, 2, ...")
         if values[0] < 0:
             raise DataError(f"{path}: the label {values[0]:g} is negative: number the classes 0, 1, 2, ...")
         if float(values[-1]) >= 2**20:
@@ -166,7 +171,7 @@ def load_split(data_dir: str | Path | None, split: str) -> NpyDataset:
     Raises `DataError`.
     """
     folder = resolve_data_dir(data_dir)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise DataError(f"{folder}: there is no such folder: make sample data with 'python -m data_gen', or name another folder with --data-dir")  # fmt: skip
     return NpyDataset(folder / f"X_{split}.npy", folder / f"y_{split}.npy")
 

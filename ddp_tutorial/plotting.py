@@ -107,3 +107,15 @@ def confusion(matrix: np.ndarray, title: str) -> Figure:
     ax.set(title=title, xlabel="predicted digit", ylabel="true digit", xticks=range(10), yticks=range(10))
     ax.grid(visible=False)
     return figure
+
+
+def timeline(spans: Mapping[str, tuple[float, float]], title: str, xlabel: str) -> Figure:
+    """A bar from start to end for each span, one below the other, with its name and its length in seconds."""
+    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.45 * len(spans)))
+    starts, ends = np.array(list(spans.values())).T
+    drawn = ax.barh(list(spans), ends - starts, left=starts, color=COLORS[0], height=0.6)
+    ax.bar_label(drawn, labels=[f"{length:.2f} s" for length in ends - starts], padding=4)
+    ax.set(title=title, xlabel=xlabel, xlim=(starts[0] - 0.3, ends[-1] + 0.15 * (ends[-1] - starts[0])))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    return figure

@@ -8,17 +8,17 @@ from pathlib import Path
 from ddp_tutorial.cli import UserError
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "04_train_with_ddp.ipynb"
-MAGIC = "%%writefile ddp_sample.py\n"
 
 
-def read_script() -> str:
-    """The text of `ddp_sample.py`. Raises `UserError` if the notebook is not beside the package."""
+def read_script(name: str = "ddp_sample.py", notebook: Path = NOTEBOOK) -> str:
+    """The text of the file that a cell of `notebook` writes. Raises `UserError` if there is no such notebook."""
+    magic = f"%%writefile {name}\n"
     try:
-        cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except FileNotFoundError:
-        raise UserError(f"{NOTEBOOK} is missing: install the clone with 'pip install -e .'") from None
-    (text,) = [text for cell in cells if (text := "".join(cell["source"])).startswith(MAGIC)]
-    return text.removeprefix(MAGIC) + "\n"  # as %%writefile ends the file
+        raise UserError(f"{notebook} is missing: install the clone with 'pip install -e .'") from None
+    (text,) = [text for cell in cells if (text := "".join(cell["source"])).startswith(magic)]
+    return text.removeprefix(magic) + "\n"  # as %%writefile ends the file
 
 
 def write_script(path: Path, force: bool = False) -> None:

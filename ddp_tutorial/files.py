@@ -1,0 +1,33 @@
+"""Files that are on the disk whole, or not at all."""
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+
+def check_regular(path: Path) -> None:
+    """Raise `OSError` unless `path` is a file that has an end: a pipe would be waited for, a device read for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("this is not a file")
+
+
+def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Put `content` under the name `path`; rename the file that it replaces to `keep`.
+
+    The bytes go to a temporary file in the same folder, are flushed to the disk and get their name by a
+    rename: a process killed at any moment leaves a whole file under `path` or `keep`. Raises `OSError`.
+    """
+    temporary = path.with_suffix(".writing" + path.suffix)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
