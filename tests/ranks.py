@@ -32,7 +32,9 @@ IMPORTED_BY_SERVER = [
     "torch.distributed.elastic.multiprocessing.errors",
     "ddp_tutorial.checkpoint",
     "ddp_tutorial.data",
+    "ddp_tutorial.files",
     "ddp_tutorial.history",
+    "ddp_tutorial.preemption",
     "ddp_tutorial.training",
     "tqdm",
 ]
@@ -47,7 +49,7 @@ class Rank(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run left: history.jsonl without the seconds, checkpoint.pt."""
+    """What a run left: history.jsonl without the seconds, checkpoint.pt without the name of its launch."""
 
     history: list[dict]
     checkpoint: dict
@@ -65,21 +67,88 @@ class Attack:
 
 def torchrun(n: int, script: Path, *flags, timeout: float = 90) -> subprocess.CompletedProcess:
     """`torchrun --standalone --nproc-per-node=n --nnodes=1 script flags`. Raises `subprocess.TimeoutExpired`."""
-    program = shutil.which("torchrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
-    command = [program, "--standalone", f"--nproc-per-node={n}", "--nnodes=1", *map(str, (script, *flags))]
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=folder, env=environment(folder), **pipes)
+    with Launch(n, script, *flags) as launch:
+        return launch.wait(timeout)
+
+
+class Launch:
+    """`torchrun` in the background; what is left of it at the end of the `with` block is ended."""
+
+    def __init__(self, n: int, script: Path, *flags, restarts: int = 0):
+        program = shutil.which("torchrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+        options = ["--standalone", f"--nproc-per-node={n}", "--nnodes=1"]
+        options += [f"--max-restarts={restarts}"] if restarts else []
+        self.command = [program, *options, *map(str, (script, *flags))]
+        self._temporary, self._port = tempfile.TemporaryDirectory(), None
+        self.folder = Path(self._temporary.name)  # in the environment of each of its processes, as TMPDIR
+        self._outputs = {stream: tempfile.TemporaryFile("a+") for stream in ("stdout", "stderr")}
+        self.agent = subprocess.Popen(
+            self.command, cwd=self.folder, env=environment(self._temporary.name), **self._outputs
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.agent.terminate()  # it then ends its ranks; SIGKILL would leave them alive
+        with suppress(subprocess.TimeoutExpired):
+            self.agent.wait(40)
+        self.agent.kill()
+        self.agent.wait()
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for file in self._outputs.values():
+            file.close()
+        self._temporary.cleanup()
+
+    def processes(self) -> dict[int, dict]:
+        """The environment of each of its processes that runs, by process id."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it has ended, or is not ours
+                pairs = (pair.partition("=") for pair in path.read_bytes().decode(errors="replace").split("\0"))
+                env = {key: value for key, _, value in pairs}
+                if env.get("TMPDIR") == str(self.folder):
+                    found[int(path.parent.name)] = env
+        return found
+
+    def ranks(self, restart: int = 0) -> dict[int, int]:
+        """The process id of each rank of the group that was started after `restart` restarts."""
+        found = {}
+        for pid, env in self.processes().items():
+            if env.get("TORCHELASTIC_RESTART_COUNT") == str(restart) and os.getpgid(pid) == pid:  # not a rank's child
+                found[int(env["RANK"])], self._port = pid, int(env["MASTER_PORT"])
+        return found
+
+    def said(self, stream: str) -> str:
+        """What went to "stdout" or "stderr" so far."""
+        self._outputs[stream].seek(0)  # it is written in append mode
+        return self._outputs[stream].read()
+
+    def wait(self, timeout: float = 90) -> subprocess.CompletedProcess:
+        """Its end. Raises `subprocess.TimeoutExpired`."""
+        deadline = time.monotonic() + timeout
+        while self.agent.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if not self._port:
+                self.ranks()
+        code, outputs = self.agent.poll(), [self.said(stream) for stream in self._outputs]
+        if code is None:
+            raise subprocess.TimeoutExpired(self.command, timeout, *outputs)
+        return subprocess.CompletedProcess(self.command, code, *outputs)
+
+    def left(self) -> list[str]:
+        """What it has left although it has ended: processes, its port, files in TMPDIR that are not torch's own."""
+        left = [f"process {pid}, rank {env.get('RANK')}" for pid, env in self.processes().items()]
+        torchs_own = ("torchelastic_", "torchinductor_")
+        left += [path.name for path in self.folder.iterdir() if not path.name.startswith(torchs_own)]
         try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the agent then ends its ranks; SIGKILL would leave them alive
-            with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=40)
-            raise
-        finally:
-            process.kill()
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+            with socket.create_server(("", self._port or 0)):
+                pass
+        except OSError as error:
+            left.append(f"port {self._port}: {error}")
+        return left
 
 
 def start_ranks(n: int, script: Path, *flags, rank_env: dict[int, dict] | None = None, **options) -> list[Rank]:
@@ -94,8 +163,13 @@ def start_ranks(n: int, script: Path, *flags, rank_env: dict[int, dict] | None =
     return start(settings, script, flags, **options)
 
 
-def start(settings: list[dict], script: Path, flags: tuple, timeout: float = 60, fork: bool = True) -> list[Rank]:
-    """A process of the script with each of the environments `settings`; fails at the timeout with what they said."""
+def start(
+    settings: list[dict], script: Path, flags: tuple, timeout: float = 60, fork: bool = True, stuck: tuple = ()
+) -> list[Rank]:
+    """A process of the script with each of the environments `settings`; fails at the timeout with what they said.
+
+    Those of the indices in `stuck` are killed once the others have ended: they need not end by themselves.
+    """
     command = [str(word) for word in (script, *flags)]
     with tempfile.TemporaryDirectory() as folder:
         processes = []
@@ -110,10 +184,11 @@ def start(settings: list[dict], script: Path, flags: tuple, timeout: float = 60,
                 for file in outputs.values():
                     file.close()
         deadline = time.monotonic() + timeout
-        codes = [exit_code(process, deadline) for process in processes]
-        for process in processes:
+        codes = [None if i in stuck else exit_code(process, deadline) for i, process in enumerate(processes)]
+        for i, process in enumerate(processes):
             process.kill()
-            exit_code(process, time.monotonic() + 5)
+            code = exit_code(process, time.monotonic() + 5)
+            codes[i] = code if i in stuck else codes[i]
         outputs = [[Path(folder, f"{i}.{s}").read_text() for s in ("stdout", "stderr")] for i in range(len(codes))]
     ranks = [Rank(code, *output) for code, output in zip(codes, outputs, strict=True)]
     assert None not in codes, f"not ended after {timeout} s: {ranks}"
@@ -174,7 +249,9 @@ def result(out: Path) -> Result:
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     for line in history:
         del line["seconds"]
-    return Result(history, torch.load(out / "checkpoint.pt", weights_only=True))
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    del state["launch"]
+    return Result(history, state)
 
 
 def losses(history: list[dict]) -> list[dict]:

@@ -2,13 +2,14 @@
 
 import os
 import re
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.ranks import changed, save_data, start_ranks, torchrun, train
+from tests.ranks import changed, free_port, save_data, start, start_ranks, torchrun, train
 
 PREFIX = "ddp_sample.py: error: "
 ONE_PROCESS_AND_FOUR_RANKS = pytest.mark.parametrize("n", [0, 4], ids=["one_process", "four_ranks"])
@@ -162,11 +163,11 @@ def test_a_file_in_the_way_of_out(n, script, small, tmp_path):
 
 
 @ONE_PROCESS_AND_FOUR_RANKS
-@pytest.mark.parametrize("name", ["history.jsonl", "checkpoint.writing.pt"])
+@pytest.mark.parametrize("name", ["history.writing.jsonl", "checkpoint.writing.pt"])
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_the_disk_is_full(name, n, script, small, tmp_path):
     (tmp_path / name).symlink_to("/dev/full")
-    assert_refused(start_ranks(n, script, "--data-dir", small, "--out", tmp_path), str(tmp_path), "--out")
+    assert_refused(start_ranks(n, script, "--data-dir", small, "--out", tmp_path), str(tmp_path), "name ")
 
 
 @ONE_PROCESS_AND_FOUR_RANKS
@@ -188,7 +189,67 @@ def test_a_checkpoint_without_its_history(n, script, small, tmp_path):
 def test_a_checkpoint_of_other_data(n, script, small, digits, tmp_path):
     train(0, script, digits, tmp_path, "--epochs", 1)
     ranks = start_ranks(n, script, "--data-dir", small, "--out", tmp_path, "--resume")
-    assert_refused(ranks, "checkpoint.pt", "without --resume")
+    assert_refused(ranks, "checkpoint.pt: made with X_train.npy of shape (", "resume with the same")
+
+
+OTHER_SETTINGS = {
+    "--lr": ([], ["--lr", 0.5], "--lr 1.0, not 0.5"),
+    "--batch-size": (["--batch-size", 40], ["--batch-size", 20], "--batch-size 40, not 20"),
+    "--seed": (["--seed", 1], ["--seed", 2], "--seed 1, not 2"),
+}
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+@pytest.mark.parametrize("case", OTHER_SETTINGS)
+def test_a_checkpoint_of_other_settings(case, n, script, small, tmp_path):
+    was, now, names = OTHER_SETTINGS[case]
+    train(0, script, small, tmp_path, "--epochs", 1, *was)
+    ranks = start_ranks(n, script, "--data-dir", small, "--out", tmp_path, "--resume", *now)
+    assert_refused(ranks, f"checkpoint.pt: made with {names}", "resume with the same")
+
+
+@ONE_PROCESS_AND_FOUR_RANKS
+def test_a_checkpoint_of_another_model(n, script, small, tmp_path):
+    train(0, script, small, tmp_path, "--epochs", 1)
+    other = changed(script, "nn.Linear(n_features, n_classes)", "nn.Linear(n_features, n_classes, bias=False)", tmp_path / "ddp_sample.py")  # fmt: skip
+    ranks = start_ranks(n, other, "--data-dir", small, "--out", tmp_path, "--resume")
+    assert_refused(ranks, "checkpoint.pt: made with 1.linear.bias of shape (3,), not None", "resume with the same")
+
+
+ENVIRONMENTS = {
+    "RANK without WORLD_SIZE": ({"WORLD_SIZE": None}, "WORLD_SIZE"),
+    "WORLD_SIZE without RANK": ({"RANK": None}, "WORLD_SIZE"),
+    "RANK not a number": ({"RANK": "one"}, "RANK='one'"),
+    "RANK out of range": ({"RANK": 1}, "RANK=1"),
+    "LOCAL_RANK out of range": ({"LOCAL_RANK": 1}, "LOCAL_RANK=1"),
+    "LOCAL_WORLD_SIZE above": ({"LOCAL_WORLD_SIZE": 2}, "LOCAL_WORLD_SIZE=2"),
+    "no MASTER_ADDR": ({"MASTER_ADDR": ""}, "MASTER_ADDR"),
+    "no port": ({"MASTER_PORT": 65536}, "MASTER_PORT=65536"),
+    "restarts not a number": ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT='x'"),
+}
+
+
+@pytest.mark.parametrize("case", ENVIRONMENTS)
+def test_a_bad_environment(case, script, small, tmp_path):
+    change, names = ENVIRONMENTS[case]
+    env = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    env = {key: value for key, value in (env | {"MASTER_PORT": free_port()} | change).items() if value is not None}
+    assert_refused(start([env], script, ("--data-dir", small, "--out", tmp_path / "out")), names, "torchrun")
+
+
+def test_a_port_that_is_taken(script, small):
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        ranks = start_ranks(2, script, "--data-dir", small, "--timeout", 3, rank_env={r: {"MASTER_PORT": port} for r in range(2)})  # fmt: skip
+    assert_refused(ranks[:1], f"MASTER_PORT={port} cannot", "another port")
+    assert_refused(ranks[1:], "rank 1 of 2 did not meet the others", "--timeout")  # that program never answers
+
+
+def test_a_world_that_is_smaller_than_said(script, small):
+    """The rank that never comes is waited for no longer than --timeout."""
+    (rank,) = start_ranks(1, script, "--data-dir", small, "--timeout", 3, rank_env={0: {"WORLD_SIZE": 2}})
+    assert rank.code == 2
+    assert_good_line(rank.stderr.splitlines()[-1], "rank 0 of 2 did not meet the others", "--timeout")
 
 
 def test_a_batch_that_the_ranks_do_not_divide(script, small, tmp_path):
@@ -233,7 +294,7 @@ def test_torchrun_shows_the_line_once_before_its_summary(case, script, small, tm
         flags, names, remedy = FLAGS[case]
     slow = tmp_path / "ddp_sample.py"  # torchrun terminates the last rank unless it is ready, and guarded, in time
     changed(script, "signal.signal(signal.SIGTERM", "time.sleep(rank / 3); signal.signal(signal.SIGTERM", slow)
-    changed(slow, "sys.exit(2)", "time.sleep(rank / 3); sys.exit(2)", slow)
+    changed(slow, "sys.exit(end.code)", "time.sleep(rank / 3); sys.exit(end.code)", slow)
     done = torchrun(4, slow, "--data-dir", small, "--out", tmp_path / "out", *flags)
     assert done.returncode == 1  # torchrun's own
     ours = [i for i, line in enumerate(done.stderr.splitlines()) if PREFIX in line]

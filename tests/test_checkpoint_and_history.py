@@ -1,18 +1,24 @@
 """Checkpoints, the history, and going on from both."""
 
+import io
 import json
 import os
 import pickle
+import subprocess
+import sys
+from contextlib import suppress
+from copy import deepcopy
 
 import pytest
 import torch
+from torch import nn
 
 from ddp_tutorial import checkpoint
-from ddp_tutorial.checkpoint import CheckpointError
+from ddp_tutorial.checkpoint import CheckpointError, Progress
 from ddp_tutorial.cli import UserError
-from ddp_tutorial.history import History, read
+from ddp_tutorial.history import History, epoch_line, read
 from ddp_tutorial.model import SimpleModel
-from tests.ranks import Attack, start_ranks, train
+from tests.ranks import Attack, changed, start_ranks, train
 
 
 def pair(seed=0, n_features=3):
@@ -30,7 +36,16 @@ def state(model, optimizer):
 
 
 def assert_same(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    """Bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict | list):
+        assert len(one) == len(other)
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_same(one[key], other[key])
+    else:
+        assert one == other
 
 
 @pytest.fixture
@@ -40,13 +55,34 @@ def saved(tmp_path):
     return path
 
 
+def write_whole(path, content):
+    """A file with a right checksum, whatever is in it."""
+    path.write_bytes(content + checkpoint.CHECKSUM(content).digest())
+
+
+def bytes_of(state) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
 def test_round_trip(saved):
     expected = torch.rand(3)  # `pair` and `save` came before it
     other = pair(seed=1)
-    assert checkpoint.load(saved, *other) == 7
+    assert checkpoint.load(saved, *other) == Progress(epoch=7)
     assert torch.equal(torch.rand(3), expected)
     assert_same(state(*other), state(*pair()))
     assert list(torch.load(saved)["model"]) == ["linear.weight", "linear.bias"]
+
+
+def test_the_middle_of_an_epoch(saved):
+    sums = torch.tensor([[1.5, 20.0], [2.5, 20.0]], dtype=torch.float64)
+    checkpoint.save(saved, *pair(), epoch=7, sums=sums)
+    done = checkpoint.load(saved, *pair())
+    assert done.epoch == 7 and done.n_samples == 40
+    assert [done.sums_of(rank, 2) for rank in range(2)] == sums.tolist()
+    assert [done.sums_of(rank, 4) for rank in range(4)] == [[4.0, 40.0]] + [[0.0, 0.0]] * 3
+    assert done.sums_of(0, 1) == [4.0, 40.0]
 
 
 def test_the_previous_one_is_kept(saved):
@@ -55,43 +91,108 @@ def test_the_previous_one_is_kept(saved):
     assert torch.load(checkpoint.previous(saved))["epoch"] == 7
     saved.unlink()  # as if killed between the two renames
     other = pair(seed=2)
-    assert checkpoint.load(saved, *other) == 7
+    assert checkpoint.load(saved, *other) == Progress(epoch=7)
     assert_same(state(*other), state(*pair()))
 
 
 def test_no_checkpoint(tmp_path):
+    assert checkpoint.read(tmp_path / "checkpoint.pt") is None
+    assert checkpoint.find(tmp_path / "checkpoint.pt", resume=False, restarted=True) is None
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         checkpoint.load(tmp_path / "checkpoint.pt", *pair())
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing, protocol=2))])
-def test_code_in_a_checkpoint_does_not_run(write, saved, tmp_path):
-    content = torch.load(saved)
-    write(content | {"epoch": Attack(tmp_path / "attacked")}, saved)
-    with pytest.raises(CheckpointError, match="cannot be resumed"):
-        checkpoint.load(saved, *pair())
+def test_a_new_run_sets_an_earlier_one_aside(saved):
+    checkpoint.save(saved, *pair(), epoch=8)
+    assert checkpoint.find(saved, resume=False, restarted=False) is None
+    assert [path.name for path in saved.parent.iterdir()] == ["checkpoint.earlier.pt"]
+    assert checkpoint.load(saved.with_suffix(".earlier.pt"), *pair()) == Progress(epoch=8)
+
+
+def test_code_in_a_checkpoint_does_not_run(saved, tmp_path):
+    attack = torch.load(saved) | {"epoch": Attack(tmp_path / "attacked")}
+    for content in (bytes_of(attack), pickle.dumps(attack, protocol=2)):
+        write_whole(saved, content)
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoint.load(saved, *pair())
     assert not (tmp_path / "attacked").exists()
+    assert torch.load(io.BytesIO(bytes_of(attack)), weights_only=False) and (tmp_path / "attacked").exists()
 
 
-def test_another_model(saved):
-    with pytest.raises(CheckpointError, match="cannot be resumed"):
-        checkpoint.load(saved, *pair(n_features=4))
-
-
-@pytest.mark.parametrize("size", [0, 100, -200])
-def test_a_damaged_file(size, saved):
+@pytest.mark.parametrize("size", [0, 20, 100, -200, -1])
+def test_a_torn_file(size, saved):
     saved.write_bytes(saved.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match="cannot be resumed") as caught:
+    with pytest.raises(CheckpointError, match="checkpoint.pt: damaged .*: put a copy back") as caught:
         checkpoint.load(saved, *pair())
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_missing_entry(saved):
-    content = torch.load(saved)
-    del content["rng"]
-    torch.save(content, saved)
-    with pytest.raises(CheckpointError, match="cannot be resumed"):
+def test_every_edited_byte_is_noticed(saved):
+    """torch.load alone takes most of these files without a word."""
+    content = saved.read_bytes()
+    silent = 0
+    for i in range(0, len(content), 7):
+        edited = bytearray(content)
+        edited[i] ^= 0x10
+        saved.write_bytes(edited)
+        with pytest.raises(CheckpointError, match="its checksum is wrong"):
+            checkpoint.load(saved, *pair())
+        with suppress(Exception):
+            silent += bool(torch.load(saved, weights_only=True))
+    assert silent > 100
+
+
+def test_a_damaged_file_gives_way_to_the_previous_one(saved, capsys):
+    checkpoint.save(saved, *pair(seed=1), epoch=8)
+    saved.write_bytes(saved.read_bytes()[:500])
+    assert checkpoint.load(saved, *pair()) == Progress(epoch=7)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{saved}: damaged (its checksum is wrong): checkpoint.previous.pt is whole"
+    checkpoint.previous(saved).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="checkpoint.pt: damaged"):
         checkpoint.load(saved, *pair())
+
+
+def adam(model):
+    return torch.optim.Adam(model.parameters())
+
+
+def test_what_differs_is_named(saved):
+    model, optimizer = pair()
+    checkpoint.save(saved, model, optimizer, epoch=7, settings={"--lr": 0.1, "classes": 2})
+
+    def refused(model, optimizer, settings):
+        before = deepcopy(model.state_dict())
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.load(saved, model, optimizer, settings)
+        assert_same(model.state_dict(), before)
+        return str(caught.value).removeprefix(f"{saved}: made with ").split(":")[0]
+
+    settings = {"--lr": 0.1, "classes": 2}
+    assert refused(model, optimizer, settings | {"--lr": 0.5}) == "--lr 0.1, not 0.5"
+    assert refused(model, optimizer, settings | {"classes": 3}) == "classes 2, not 3"
+    assert refused(*pair(n_features=4), settings) == "linear.weight of shape (2, 3), not (2, 4)"
+    assert refused(model, adam(model), settings) == "optimizer SGD, not Adam"
+    assert refused(nn.Sequential(model), optimizer, settings).startswith("0.linear.weight of shape None")
+    assert checkpoint.load(saved, model, optimizer, settings) == Progress(epoch=7)
+
+
+@pytest.mark.parametrize("key", ["epoch", "sums", "model", "optimizer", "rng", "settings"])
+def test_a_missing_entry(key, saved):
+    content = torch.load(saved)
+    del content[key]
+    write_whole(saved, bytes_of(content))
+    with pytest.raises(CheckpointError, match="made with something else"):
+        checkpoint.load(saved, *pair())
+
+
+def test_weights_that_are_not_finite_are_not_saved(saved):
+    before = saved.read_bytes()
+    model, optimizer = pair()
+    model.linear.bias.data[0] = torch.nan
+    with pytest.raises(CheckpointError, match="a weight is not finite"):
+        checkpoint.save(saved, model, optimizer, epoch=8)
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -112,7 +213,8 @@ def test_no_folder_to_write_to(folder, saved):
 
 
 def epochs(*numbers):
-    return [{"epoch": e, "train_loss": 1.0, "val_loss": 2.0, "val_accuracy": 0.5} for e in numbers]
+    line = {"train_loss": 1.0, "val_loss": 2.0, "val_accuracy": 0.5, "seconds": 0.1, "world_size": 2}
+    return [{"epoch": e} | line for e in numbers]
 
 
 def test_history(tmp_path, capsys):
@@ -135,6 +237,56 @@ def test_resuming_drops_later_epochs_and_a_torn_line(tmp_path):
     assert path.read_text() == "\n".join(lines[:2]) + "\n"
     history.append(*epochs(3))
     assert read(path) == epochs(1, 2, 3)
+
+
+@pytest.mark.parametrize("numbers", [[], [1], [1, 3], [2, 1], [1, 1, 2]])
+def test_resuming_wants_each_epoch_once(numbers, tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in epochs(*numbers)))
+    with pytest.raises(UserError, match="has not the 2 epochs of its checkpoint"):
+        History(path, 5, keep_epochs=2)
+
+
+def test_a_line_of_something_else_ends_the_history(tmp_path):
+    path = tmp_path / "history.jsonl"
+    good = json.dumps(*epochs(1)).encode()
+    for bad in (b"[]", b"7", b"null", b"{}", b"\xff\xfe", b"NaN"):
+        path.write_bytes(good + b"\n" + bad + b"\n" + good + b"\n")
+        assert read(path) == epochs(1)
+
+
+def test_a_line_that_the_disk_cannot_hold_leaves_nothing(tmp_path):
+    """A child whose files may grow to 200 bytes: the second line is cut."""
+    program = """if True:
+        import resource, sys
+        from pathlib import Path
+        from ddp_tutorial.history import History, UserError
+        history = History(Path("history.jsonl"), 9)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+        line = {"train_loss": 1.0, "val_loss": 2.0, "val_accuracy": 0.5, "seconds": 0.1, "world_size": 2, "more": "xx"}
+        history.append({"epoch": 1} | line)
+        try:
+            history.append({"epoch": 2} | line)
+        except UserError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert "history.jsonl" in done.stdout and "free the disk" in done.stdout, done
+    assert [line["epoch"] for line in read(tmp_path)] == [1]
+    assert (tmp_path / "history.jsonl").read_text().endswith("}\n")
+
+
+def test_epoch_line():
+    table = torch.tensor([[6.0, 20, 8.0, 3, 4], [10.0, 20, 4.0, 1, 2]], dtype=torch.float64)
+    assert epoch_line(3, table, 10, 0.5) == {
+        "epoch": 3, "train_loss": 0.4, "val_loss": 2.0, "val_accuracy": 4 / 6, "seconds": 0.5, "world_size": 2,
+    }  # fmt: skip
+    table[0, :2] = torch.tensor([torch.inf, 10])  # the second of its steps
+    with pytest.raises(UserError, match="^epoch 3, step 2: the loss is not finite.*--lr$"):
+        epoch_line(3, table, 10, 0.5)
+    table[0, 0], table[1, 2] = 1.0, torch.nan
+    with pytest.raises(UserError, match="^epoch 3: the loss is not finite"):
+        epoch_line(3, table, 10, 0.5)
 
 
 def test_history_has_no_folder(tmp_path):
@@ -173,7 +325,9 @@ def test_resume_after_a_kill_between_the_renames(n, script, small, tmp_path):
 
 def test_a_run_starts_afresh_unless_told_to_resume(script, small, tmp_path):
     first = train(0, script, small, tmp_path / "out", "--epochs", 2)
+    before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
     again = train(0, script, small, tmp_path / "out", "--epochs", 2)
+    assert (tmp_path / "out" / "checkpoint.earlier.pt").read_bytes() == before
     assert again.history == first.history
     assert_same(again.checkpoint, first.checkpoint)
 
@@ -201,7 +355,7 @@ def test_a_restarted_group_does_not_go_on_from_an_earlier_run(script, small, tmp
     out, loop = tmp_path / "out", "    for epoch in range("
     train(2, script, small, out, "--epochs", 2)
     dying = tmp_path / "dying.py"
-    dying.write_text(script.read_text().replace(loop, "    raise RuntimeError\n" + loop))
+    changed(script, loop, "    raise RuntimeError\n" + loop, dying)
     ranks = start_ranks(2, dying, "--data-dir", small, "--out", out)
     assert [rank.code for rank in ranks] == [1, 1], ranks
-    assert list(out.glob("*.pt")) == []
+    assert [path.name for path in out.glob("*.pt")] == ["checkpoint.earlier.pt"]

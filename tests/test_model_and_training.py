@@ -111,6 +111,29 @@ def test_train_one_epoch_takes_the_steps_of_sgd(problem):
     assert model.training
 
 
+def test_an_epoch_in_two_parts_is_one_epoch(problem):
+    """Bit for bit: a stopped run goes on in the middle of an epoch."""
+    model, x, y = problem
+    twin = SimpleModel(5, 3)
+    twin.load_state_dict(model.state_dict())
+    whole = train_one_epoch(model, batches(x, y, 4), torch.optim.SGD(model.parameters(), lr=0.5), CPU)
+    optimizer, parts = torch.optim.SGD(twin.parameters(), lr=0.5), batches(x, y, 4)
+    first = train_one_epoch(twin, parts[:5], optimizer, CPU)
+    assert first[1] == 20
+    assert torch.equal(train_one_epoch(twin, [], optimizer, CPU, first), first)
+    assert torch.equal(train_one_epoch(twin, parts[5:], optimizer, CPU, first.tolist()), whole)
+    assert torch.equal(twin.linear.weight, model.linear.weight)
+
+
+@pytest.mark.parametrize("bad", [0, 7, 12])
+def test_the_number_of_samples_stops_at_a_loss_that_is_not_finite(bad, problem):
+    model, x, y = problem
+    parts = batches(x, y, 4)
+    parts[bad][0][0, 0] = torch.nan
+    loss_sum, n_samples = train_one_epoch(model, parts, torch.optim.SGD(model.parameters(), lr=0.5), CPU).tolist()
+    assert math.isnan(loss_sum) and n_samples == 4 * bad
+
+
 def test_the_loss_falls(problem):
     model, x, y = problem
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -160,4 +183,6 @@ def test_divergence_names_the_remedy(n, script, small, tmp_path):
     ranks = start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out", "--lr", 9e37)
     assert [rank.code for rank in ranks] == [2] * len(ranks), ranks
     (line,) = "".join(rank.stderr for rank in ranks).splitlines()
-    assert re.fullmatch(r"ddp_sample\.py: error: epoch \d+: the loss is not finite: .*--lr.*", line)
+    assert re.fullmatch(
+        r"ddp_sample\.py: error: epoch \d+, step 1: the loss is not finite, .*: use a smaller --lr", line
+    )

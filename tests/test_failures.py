@@ -1,0 +1,399 @@
+"""What may befall a run: killed, stopped and failed ranks. What is left is whole, and a run that goes on is exact."""
+
+import functools
+import json
+import re
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from ddp_tutorial import checkpoint
+from ddp_tutorial.history import read
+from tests.ranks import Launch, changed, losses, result, save_data, start_ranks, train
+from tests.test_checkpoint_and_history import assert_same
+
+FLAGS = ("--batch-size", 4, "--epochs", 4)  # epochs of 25 steps: stops are agreed on before the steps 0, 10 and 20
+RESTARTED = {rank: {"TORCHELASTIC_RESTART_COUNT": 1} for rank in range(4)}
+CLOSE = {"rtol": 1e-5, "atol": 5e-6}  # for other numbers of ranks, as in test_ddp_equals_one_process.py
+DIE, STOP = (f"os.kill(os.getpid(), {int(number)})" for number in (signal.SIGKILL, signal.SIGSTOP))
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((160, 3)).astype(np.float32), np.arange(160) % 3
+    arrays = {"X_train": X[:100], "y_train": y[:100], "X_val": X[100:], "y_val": y[100:]}
+    return save_data(tmp_path_factory.mktemp("failures"), **arrays)
+
+
+@pytest.fixture(scope="module")
+def whole(script, data, tmp_path_factory):
+    """The result of a run on n ranks that nothing befalls."""
+    return functools.cache(lambda n: train(n, script, data, tmp_path_factory.mktemp("whole"), *FLAGS))
+
+
+@pytest.fixture
+def at(script, tmp_path):
+    """Writes a copy of the script that runs the statement `do` before each step of training that `moment` is true of.
+
+    With "validation" as `where`, before each validation.
+    """
+    hooks = {"training": "        yield batch\n", "validation": "        table = from_all_ranks(torch.cat("}
+
+    def write(moment, do, where="training"):
+        hook, set_epoch = hooks[where], "sampler.set_epoch(epoch)"
+        copy = changed(script, set_epoch, set_epoch + "; stop.epoch = epoch", tmp_path / "at.py")
+        epoch = "epoch = stop.epoch\n        " if where == "training" else ""
+        return changed(copy, hook, f"        {epoch}if {moment}:\n            {do}\n" + hook, copy)
+
+    return write
+
+
+def send(number, to="os.getpid()"):
+    """The statement that sends a signal and waits until this rank has noted it."""
+    return f"os.kill({to}, {int(number)}); [time.sleep(0.01) for _ in range(1000) if not stop.requested]"
+
+
+def paths(data, out):
+    return "--data-dir", data, "--out", out
+
+
+def codes(ranks):
+    return [rank.code for rank in ranks]
+
+
+def lines_of(*stderr):
+    """The lines with which runs were ended in an orderly way."""
+    return re.findall(r"^\w+\.py: ((?:error|stopped): .+)$", "".join(stderr), re.MULTILINE)
+
+
+def assert_equal(run, expected):
+    assert run.history == expected.history
+    assert_same(run.checkpoint, expected.checkpoint)
+
+
+def assert_close(run, expected):
+    torch.testing.assert_close(losses(run.history), losses(expected.history), **CLOSE)
+    torch.testing.assert_close(run.checkpoint["model"], expected.checkpoint["model"], **CLOSE)
+
+
+def n_lines(out):
+    """How many lines the history has; all are whole, and of the epochs from 1 on."""
+    path = out / "history.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    assert all(line.endswith("\n") for line in lines)
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+    return len(lines)
+
+
+def progress(out):
+    """Of the newest whole checkpoint: its epochs, and how many samples of the next one it has; None without any."""
+    if found := checkpoint.read(out / "checkpoint.pt"):
+        done = checkpoint.Progress(found[1]["epoch"], found[1]["sums"])
+        return done.epoch, done.n_samples
+
+
+# Killed
+
+
+@linux
+def test_two_ranks_killed_at_once(at, data, whole, tmp_path):
+    dying = at("rank in (1, 3) and (epoch, i) == (3, 13) and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'", DIE)
+    with Launch(4, dying, *paths(data, tmp_path / "out"), *FLAGS, restarts=1) as launch:
+        done = launch.wait()
+        assert done.returncode == 0, done
+        assert launch.left() == []
+    assert "going on after epoch 2" in done.stdout
+    assert re.findall(r"failed \(exitcode: -9\) local_rank: [13]", done.stderr), done.stderr  # not one of the others
+    assert_equal(result(tmp_path / "out"), whole(4))
+
+
+# The process is killed at the operation KILL_AT, from 1, on the files of a run, before it is carried out. A write
+# counts twice: after the first half of its bytes, and after them all.
+OPERATIONS = """
+import builtins
+n_operations, kill_at = 0, int(os.environ.get("KILL_AT", 0))
+
+def count(*what):
+    global n_operations
+    n_operations += 1
+    print("operation", *what, flush=True)
+    if n_operations == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(name, do):
+    def call(first, *args, **options):
+        count(name, *([] if name == "fsync" else [Path(first).name]))
+        return do(first, *args, **options)
+    return call
+
+for name in ("replace", "fsync", "unlink", "truncate", "mkdir"):
+    setattr(os, name, counted(name, getattr(os, name)))
+
+class Written:
+    def __init__(self, file, name):
+        self.file, self.name = file, name
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        self.file.close()
+    def write(self, content):
+        if n_operations + 1 == kill_at:
+            self.file.write(content[: len(content) // 2])
+            self.file.flush()
+        count("half", self.name)
+        size = self.file.write(content)
+        count("write", self.name)
+        return size
+
+def open_counted(path, mode="r", *args, do=open, **options):
+    if mode[0] == "r" or Path(path).suffix not in (".pt", ".jsonl"):
+        return do(path, mode, *args, **options)
+    count("open", Path(path).name)
+    return Written(do(path, mode, *args, **options), Path(path).name)
+
+builtins.open = open_counted
+
+"""
+OF_AN_EPOCH = [
+    "open history.jsonl", "half history.jsonl", "write history.jsonl", "fsync",
+    "open checkpoint.writing.pt", "half checkpoint.writing.pt", "write checkpoint.writing.pt", "fsync",
+    "replace checkpoint.pt", "replace checkpoint.writing.pt",
+]  # fmt: skip
+
+
+@pytest.fixture
+def counting(script, tmp_path):
+    main = 'if __name__ == "__main__":'
+    return changed(script, main, OPERATIONS + main, tmp_path / "counting.py")
+
+
+def operations(counting, data, out, n=0, kill_at=0, restarted=False):
+    """What rank 0 did until it was killed, or to the end."""
+    rank_env = {rank: dict(env) if restarted else {} for rank, env in RESTARTED.items()}
+    rank_env[0]["KILL_AT"] = kill_at
+    ranks = start_ranks(n, counting, *paths(data, out), *FLAGS, rank_env=rank_env)
+    done = re.findall("^operation (.+)$", ranks[0].stdout, re.MULTILINE)
+    assert ranks[0].code == (-signal.SIGKILL if len(done) == kill_at else 0), ranks
+    assert all(rank.code for rank in ranks) == (len(done) == kill_at), ranks
+    return done
+
+
+def assert_left_by(done, out):
+    """What a new run has on the disk when it is killed at the last of its operations, `done`."""
+    n_written = done.count("write history.jsonl")
+    if done[-1] == "half history.jsonl":
+        assert [line["epoch"] for line in read(out)] == list(range(1, n_written + 1))
+    else:
+        assert n_lines(out) == n_written
+    n_saved = done[:-1].count("replace checkpoint.writing.pt")
+    assert progress(out) == ((n_saved, 0) if n_saved else None)
+
+
+def test_a_kill_at_every_operation_on_a_file(counting, script, data, whole, tmp_path):
+    done = operations(counting, data, tmp_path / "0")
+    assert_equal(result(tmp_path / "0"), whole(0))
+    assert done[-30:] == OF_AN_EPOCH * 3  # a kill does not tell whether the bytes reached the disk: fsync comes first
+    for k in range(1, len(done) - 10):  # the last epoch is as the one before
+        out = tmp_path / f"{k}"
+        assert_left_by(operations(counting, data, out, kill_at=k), out)
+        assert_equal(train(0, script, data, out, *FLAGS, rank_env=RESTARTED), whole(0))
+
+
+def test_kills_one_after_the_other(counting, data, whole, tmp_path):
+    """Each group gets one operation farther than the one before, from where that has left the files."""
+    k, n_epochs = 1, [0]
+    while len(operations(counting, data, tmp_path, kill_at=k, restarted=True)) == k:
+        n_epochs.append((progress(tmp_path) or [0])[0])
+        assert len(read(tmp_path)) - n_epochs[-1] in (0, 1) if (tmp_path / "history.jsonl").exists() else k < 9
+        k += 1
+    assert n_epochs == sorted(n_epochs) and k > 15
+    assert_equal(result(tmp_path), whole(0))
+
+
+@pytest.mark.parametrize("operation", ["half checkpoint.writing.pt", "replace checkpoint.writing.pt"])
+def test_a_kill_of_the_rank_that_writes(operation, counting, script, data, whole, tmp_path):
+    done = operations(counting, data, tmp_path / "one")
+    k = [i for i, what in enumerate(done, 1) if what == operation][1]
+    assert_left_by(operations(counting, data, tmp_path / "out", n=4, kill_at=k), tmp_path / "out")
+    assert_equal(train(4, script, data, tmp_path / "out", *FLAGS, rank_env=RESTARTED), whole(4))
+
+
+# Asked to stop
+
+
+def assert_stopped(ranks, out, epoch, n_samples):
+    assert codes(ranks) == [75] * len(ranks), ranks
+    assert lines_of(*(rank.stderr for rank in ranks)) == [f"stopped: in epoch {epoch}, as asked: go on with --resume"]
+    assert n_lines(out) == epoch - 1
+    assert progress(out) == (epoch - 1, n_samples)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_one_rank_is_asked_to_stop(number, rank, at, script, data, whole, tmp_path):
+    out, stopping = tmp_path / "out", at(f"(rank, epoch, i) == ({rank}, 2, 13)", send(number))
+    assert_stopped(start_ranks(4, stopping, *paths(data, out), *FLAGS), out, 2, 80)
+    assert_equal(train(4, script, data, out, *FLAGS, "--resume"), whole(4))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_one_process_is_asked_to_stop(number, at, script, data, whole, tmp_path):
+    out, stopping = tmp_path / "out", at("(epoch, i) == (2, 13)", send(number))
+    assert_stopped(start_ranks(0, stopping, *paths(data, out), *FLAGS), out, 2, 80)
+    assert_equal(train(0, script, data, out, *FLAGS, "--resume"), whole(0))
+
+
+@pytest.mark.parametrize("n, m", [(4, 0), (0, 4)])
+def test_another_number_of_ranks_goes_on(n, m, at, script, data, whole, tmp_path):
+    out, stopping = tmp_path / "out", at("(rank, epoch, i) == (0, 2, 13)", send(signal.SIGTERM))
+    assert_stopped(start_ranks(n, stopping, *paths(data, out), *FLAGS), out, 2, 80)
+    run = train(m, script, data, out, *FLAGS, "--resume")
+    assert [line["world_size"] for line in run.history] == [n or 1] + [m or 1] * 3
+    assert_close(run, whole(m))
+
+
+def test_stopped_twice_in_an_epoch(at, script, data, whole, tmp_path):
+    out, stopping = tmp_path / "out", at("(rank, epoch, i) == (1, 2, 3)", send(signal.SIGTERM))
+    assert_stopped(start_ranks(2, stopping, *paths(data, out), *FLAGS), out, 2, 40)
+    assert_stopped(start_ranks(2, stopping, *paths(data, out), *FLAGS, "--resume"), out, 2, 80)
+    assert_equal(train(2, script, data, out, *FLAGS, "--resume"), whole(2))
+
+
+def test_asked_to_stop_in_validation(at, script, data, whole, tmp_path):
+    out, stopping = tmp_path / "out", at("(rank, epoch) == (1, 2)", send(signal.SIGTERM), "validation")
+    assert_stopped(start_ranks(2, stopping, *paths(data, out), *FLAGS), out, 3, 0)  # epoch 2 is done, none of 3
+    assert_equal(train(2, script, data, out, *FLAGS, "--resume"), whole(2))
+
+
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_asked_to_stop_when_nothing_is_left_to_stop(where, at, data, whole, tmp_path):
+    moment = "(rank, epoch) == (1, 4)" + (" and i == 23" if where == "training" else "")
+    assert_equal(train(2, at(moment, send(signal.SIGTERM), where), data, tmp_path / "out", *FLAGS), whole(2))
+
+
+def test_a_second_interrupt_ends_at_once(at, data, tmp_path):
+    twice = send(signal.SIGINT).split(";")[0]
+    (rank,) = start_ranks(0, at("(epoch, i) == (2, 13)", f"{twice}; {twice}"), *paths(data, tmp_path / "out"), *FLAGS)
+    assert rank.code == -signal.SIGINT
+    assert n_lines(tmp_path / "out") == 1 and progress(tmp_path / "out") == (1, 0)
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_is_asked_to_stop(number, at, script, data, whole, tmp_path):
+    out, stopping = tmp_path / "out", at("(rank, epoch, i) == (0, 2, 13)", send(number, to="os.getppid()"))
+    with Launch(2, stopping, *paths(data, out), *FLAGS, restarts=1) as launch:
+        done = launch.wait()
+        assert launch.left() == []
+    assert done.returncode != 0
+    assert lines_of(done.stderr) == ["stopped: in epoch 2, as asked: go on with --resume"]
+    assert n_lines(out) == 1 and progress(out) == (1, 80)
+    assert_equal(train(2, script, data, out, *FLAGS, "--resume"), whole(2))
+
+
+# Failed
+
+
+@linux
+def test_torchrun_names_the_rank_that_raised(at, data, tmp_path):
+    """Not a victim, which fails when the connection to it breaks."""
+    failing = at("(rank, i) == (1, 13)", "raise RuntimeError(f'boom at {time.time()}')")
+    with Launch(2, failing, *paths(data, tmp_path / "out"), *FLAGS, restarts=1) as launch:
+        done = launch.wait()
+        end = time.time()
+        assert launch.left() == []
+    assert done.returncode == 1
+    assert re.findall(r"failed \(exitcode: 1\) local_rank: (\d)", done.stderr) == ["1"] * 2, done.stderr
+    root_cause = done.stderr.rsplit("Root Cause", 1)[1]
+    assert re.search(r"rank +: 1 ", root_cause) and "until_stopped" in root_cause  # where it was raised
+    assert end - float(re.search(r"boom at ([\d.]+)", root_cause)[1]) < 30  # not the 300 s of --timeout
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
+def test_a_rank_that_hangs_is_not_waited_for(at, data, tmp_path):
+    hanging = at("(rank, epoch, i) == (1, 2, 13)", STOP)
+    flags = (*paths(data, tmp_path / "out"), *FLAGS, "--timeout", 5)
+    ranks = start_ranks(4, hanging, *flags, stuck=(1,), timeout=45)
+    assert ranks[1].code == -signal.SIGKILL and all(rank.code == 1 for rank in ranks if rank is not ranks[1]), ranks
+    assert n_lines(tmp_path / "out") == 1 and progress(tmp_path / "out") == (1, 0)
+
+
+@pytest.mark.parametrize("n, rank", [(0, 0), (4, 0), (4, 2)])
+def test_training_that_diverges(n, rank, at, script, data, tmp_path):
+    """The values of one step, on one rank, become infinite, after two epochs that were good."""
+    out = tmp_path / "out"
+    train(n, script, data, out, "--batch-size", 4, "--epochs", 2)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    diverging = at(f"(rank, epoch, i) == ({rank}, 3, 5)", "batch = batch[0] * torch.inf, batch[1]")
+    ranks = start_ranks(n, diverging, *paths(data, out), *FLAGS, "--resume")
+    assert codes(ranks) == [2] * len(ranks), ranks
+    (line,) = lines_of(*(rank.stderr for rank in ranks))
+    assert line.startswith("error: epoch 3, step 6: ") and line.endswith("--lr")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_training_that_diverges_and_is_asked_to_stop(at, data, tmp_path):
+    diverging = at("(epoch, i) == (2, 13)", "batch = batch[0] * torch.inf, batch[1]; " + send(signal.SIGTERM))
+    (rank,) = start_ranks(0, diverging, *paths(data, tmp_path), *FLAGS)
+    assert rank.code == 2 and lines_of(rank.stderr)[0].endswith("--lr")
+    assert progress(tmp_path) == (1, 0)
+
+
+# Each rank has a folder of its own: what rank 0 has counts.
+
+
+@pytest.fixture
+def apart(script, tmp_path):
+    return changed(script, "        train(args, device)\n", "        args.out /= str(rank)\n        train(args, device)\n", tmp_path / "apart.py")  # fmt: skip
+
+
+@pytest.mark.parametrize("others", ["nothing", "another run"])
+def test_all_ranks_go_on_from_rank_0(others, apart, script, data, whole, tmp_path):
+    out = tmp_path / "out"
+    train(2, script, data, out / "0", "--batch-size", 4, "--epochs", 2)
+    if others == "another run":
+        train(2, script, data, out / "1", "--batch-size", 4, "--epochs", 3)
+    ranks = start_ranks(2, apart, *paths(data, out), *FLAGS, "--resume")
+    assert codes(ranks) == [0, 0] and "going on after epoch 2" in ranks[0].stdout, ranks
+    assert_equal(result(out / "0"), whole(2))
+
+
+def test_only_rank_0_has_to_have_a_checkpoint(apart, script, data, whole, tmp_path):
+    out = tmp_path / "out"
+    train(2, script, data, out / "1", "--batch-size", 4, "--epochs", 2)
+    ranks = start_ranks(2, apart, *paths(data, out), *FLAGS, "--resume")
+    assert codes(ranks) == [2, 2] and len(lines_of(ranks[0].stderr, ranks[1].stderr)) == 1, ranks
+    ranks = start_ranks(2, apart, *paths(data, out), *FLAGS, rank_env=RESTARTED)
+    assert codes(ranks) == [0, 0], ranks
+    assert_equal(result(out / "0"), whole(2))
+
+
+# Which runs go on unasked: those of the same launch, by TORCHELASTIC_RUN_ID, however they were restarted.
+
+
+def relaunched(run, restarts, script, data, out, *flags):
+    env = {"TORCHELASTIC_RUN_ID": run, "TORCHELASTIC_RESTART_COUNT": restarts}
+    return start_ranks(0, script, *paths(data, out), *FLAGS, *flags, rank_env={0: env})[0]
+
+
+def test_a_launch_killed_before_it_sets_the_checkpoint_of_an_earlier_one_aside(script, data, whole, tmp_path):
+    assert relaunched("earlier", 0, script, data, tmp_path, "--epochs", 2).code == 0
+    rank = relaunched("later", 1, script, data, tmp_path)
+    assert rank.code == 0 and "going on" not in rank.stdout, rank
+    assert_equal(result(tmp_path), whole(0))
+
+
+def test_a_group_that_a_node_joins_goes_on(script, data, whole, tmp_path):
+    """torchrun restarts it, and does not count that."""
+    assert relaunched("this", 0, script, data, tmp_path, "--epochs", 2).code == 0
+    rank = relaunched("this", 0, script, data, tmp_path)
+    assert rank.code == 0 and "going on after epoch 2" in rank.stdout, rank
+    assert_equal(result(tmp_path), whole(0))
