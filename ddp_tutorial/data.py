@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 
 from ddp_tutorial.cli import UserError, reason
 from ddp_tutorial.files import check_regular
@@ -109,6 +109,22 @@ class NpyDataset(Dataset):
 
     def _origin(self) -> np.ndarray:
         return self.X[0].astype(np.float32).astype(np.float64)
+
+
+def indices(sampler: DistributedSampler) -> np.ndarray:
+    """`list(sampler)` as an array, for a sampler that shuffles and drops the rest.
+
+    `DistributedSampler` makes a Python list of the whole data set's indices in each rank: 40 bytes and
+    60 ns a sample, every epoch. The numbers and their order are the same.
+    """
+    generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)
+    order = torch.randperm(len(sampler.dataset), generator=generator)
+    return order[sampler.rank : sampler.total_size : sampler.num_replicas].contiguous().numpy()
+
+
+def batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """`rows` in parts of `batch_size`, without the rest, for `DataLoader(batch_sampler=...)`."""
+    return [rows[i : i + batch_size] for i in range(0, len(rows) - batch_size + 1, batch_size)]
 
 
 def map_array(path: Path) -> np.ndarray:

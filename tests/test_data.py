@@ -5,10 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from ddp_tutorial import data
-from ddp_tutorial.data import DataError, NpyDataset, load_splits
+from ddp_tutorial.data import DataError, NpyDataset, batches, indices, load_splits
 from tests.ranks import Attack, save_data
 
 
@@ -131,3 +131,24 @@ def test_where_the_data_are(small, tmp_path, monkeypatch):
     monkeypatch.setenv("DDP_DATA_DIR", str(small))
     assert [len(split) for split in load_splits(None)] == [40, 20]
     assert [len(split) for split in load_splits(other)] == [9, 9]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("n_samples", [4, 5, 31, 1000])
+def test_indices_are_those_of_the_sampler(n_samples, n_ranks):
+    for rank in range(n_ranks):
+        sampler = DistributedSampler(range(n_samples), n_ranks, rank, seed=3, drop_last=True)
+        for epoch in (0, 1, 7):
+            sampler.set_epoch(epoch)
+            assert indices(sampler).tolist() == list(sampler)
+
+
+@pytest.mark.parametrize("n_rows, expected", [(6, [[0, 1, 2], [3, 4, 5]]), (7, [[0, 1, 2], [3, 4, 5]]), (2, [])])
+def test_batches_are_full(n_rows, expected):
+    assert [part.tolist() for part in batches(np.arange(n_rows), 3)] == expected
+
+
+def test_a_batch_of_indices_reaches_the_loader_whole(tmp_path):
+    samples = dataset(tmp_path, np.arange(12, dtype=np.float32).reshape(6, 2))
+    loader = DataLoader(samples, batch_sampler=batches(np.array([4, 1, 0, 5]), 2), collate_fn=NpyDataset.collate)
+    assert [x.tolist() for x, _ in loader] == [[[8, 9], [2, 3]], [[0, 1], [10, 11]]]

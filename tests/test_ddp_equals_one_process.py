@@ -73,7 +73,7 @@ def test_validation_is_exact(n_val, script, small, tmp_path):
 REPORT_READS = """
 import json
 def report(self, indices, gather=NpyDataset.__getitems__):
-    print(json.dumps([self.X_path.stem, indices]), file=sys.stderr)
+    print(json.dumps([self.X_path.stem, [int(i) for i in indices]]), file=sys.stderr)
     return gather(self, indices)
 NpyDataset.__getitems__ = report
 distributed ="""

@@ -1,0 +1,109 @@
+"""ddp_tutorial.exchange between real ranks: what it returns, and which way it goes."""
+
+import json
+
+import pytest
+
+from tests.ranks import start_ranks
+
+PROGRAM = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from ddp_tutorial import exchange
+
+dist.init_process_group("gloo")
+rank, n = dist.get_rank(), dist.get_world_size()
+calls = []
+for function in ("all_reduce", "all_gather", "send", "isend"):
+    def count(*args, function=function, call=getattr(dist, function), **options):
+        calls.append(function)
+        return call(*args, **options)
+    setattr(dist, function, count)
+
+def gathered():
+    found = []
+    for values in (torch.tensor(rank == 1), torch.arange(6.0).reshape(2, 3) + rank, torch.full((3,), rank)):
+        rows = exchange.all_gather(values)
+        assert rows.dtype == values.dtype
+        found.append(rows.tolist())
+    return found
+
+def average(width, hook):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, 40), nn.Tanh(), nn.Linear(40, 3))
+    ddp_model = DistributedDataParallel(model)
+    if hook:
+        ddp_model.register_comm_hook(None, hook)
+    torch.manual_seed(1 + rank)
+    for _ in range(3):  # DDP makes its buckets anew after the first
+        model.zero_grad()
+        ddp_model(torch.randn(8, width)).square().mean().backward()
+    return [p.grad for p in model.parameters()]
+
+def largest_difference(width):
+    pairs = zip(average(width, exchange.average_gradients), average(width, None), strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+def bits(width):
+    flat = torch.cat([g.flatten() for g in average(width, exchange.average_gradients)])
+    rows = [torch.empty_like(flat) for _ in range(n)]
+    dist.all_gather(rows, flat)
+    return all(torch.equal(rows[0], row) for row in rows)
+
+report = {"gathered": gathered(), "by": sorted(set(calls))}
+for size, width in (("small", 20), ("large", 5000)):
+    calls.clear()
+    report[size], report[f"{size} by"] = largest_difference(width), sorted(set(calls))
+report["small bits"], report["large bits"] = bits(20), bits(5000)
+exchange.FEW_RANKS = 1
+calls.clear()
+report["gathered by the ring"], report["ring by"] = gathered(), sorted(set(calls))
+print(json.dumps(report))
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def reports(request, tmp_path_factory):
+    """What each of some ranks finds."""
+    program = tmp_path_factory.mktemp("exchange") / "program.py"
+    program.write_text(PROGRAM)
+    ranks = start_ranks(request.param, program)
+    assert [rank.code for rank in ranks] == [0] * request.param, ranks
+    return [json.loads(rank.stdout) for rank in ranks]
+
+
+def test_all_gather_stacks_the_ranks(reports):
+    n = len(reports)
+    expected = [
+        [rank == 1 for rank in range(n)],
+        [[[rank + 3.0 * row + column for column in range(3)] for row in range(2)] for rank in range(n)],
+        [[rank] * 3 for rank in range(n)],
+    ]
+    for report in reports:
+        assert report["gathered"] == report["gathered by the ring"] == expected
+
+
+def test_few_numbers_go_through_the_first_rank_and_many_round_the_ring(reports):
+    through_first_rank = [["isend"]] + [["send"]] * (len(reports) - 1)
+    assert [report["by"] for report in reports] == through_first_rank
+    assert [report["small by"] for report in reports] == through_first_rank
+    assert all(report["large by"] == ["all_reduce"] for report in reports)
+
+
+def test_many_ranks_use_the_ring(reports):
+    assert all(report["ring by"] == ["all_gather"] for report in reports)
+
+
+def test_the_mean_is_that_of_an_all_reduce(reports):
+    for report in reports:
+        assert report["small"] < 1e-6  # float32 sums of up to four numbers, in another order
+        assert report["large"] < 1e-6
+
+
+def test_every_rank_has_the_same_bits(reports):
+    assert all(report["small bits"] and report["large bits"] for report in reports)
