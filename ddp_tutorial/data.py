@@ -144,7 +144,7 @@ def map_array(path: Path) -> np.ndarray:
         raise DataError(f"{path}: this is an .npz archive: save each array in a file of its own with numpy.save")
     if array.dtype.kind not in "fiub":
         raise DataError(f"{path}: the type is {array.dtype}: save real numbers")
-    return array
+    return np.asarray(array)  # still mapped; the class memmap would slow each small gather
 
 
 def why_unreadable(path: Path, error: Exception) -> str:

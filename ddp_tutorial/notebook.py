@@ -16,10 +16,12 @@ def setup() -> None:
     """Call first in a notebook.
 
     Finds `torchrun` also where the virtual environment is not activated, gives each process one
-    thread (as torchrun would, with a warning), and sets the figures' style.
+    thread (as torchrun would, with a warning), keeps the profiler's log off the page, and sets the
+    figures' style.
     """
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     plotting.use_style()
 
 

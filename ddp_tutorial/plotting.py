@@ -53,13 +53,15 @@ def loss_curves(
     return figure
 
 
-def bars(values: Mapping[str, float], title: str, xlabel: str) -> Figure:
-    """Horizontal bars on a logarithmic axis, each with its value to two digits."""
+def bars(values: Mapping[str, float], title: str, xlabel: str, log: bool = True) -> Figure:
+    """Horizontal bars, each with its value to two digits."""
     figure, ax = plt.subplots(figsize=(7, 0.8 + 0.5 * len(values)))
     drawn = ax.barh(list(values), list(values.values()), color=COLORS[0], height=0.6)
     ax.bar_label(drawn, labels=[f"{float(f'{v:.2g}'):,.0f}" for v in values.values()], padding=4)
-    ax.set_xscale("log")
-    ax.set(title=title, xlabel=xlabel, xlim=(min(values.values()) / 3, max(values.values()) * 4))
+    if log:
+        ax.set_xscale("log")
+    limits = (min(values.values()) / 3, max(values.values()) * 4) if log else (0, max(values.values()) * 1.1)
+    ax.set(title=title, xlabel=xlabel, xlim=limits)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return figure
@@ -94,6 +96,16 @@ def sample_assignment(ranks: np.ndarray, title: str, xlabel: str, ylabel: str) -
         ax.text(column, row, rank, ha="center", va="center", color="white" if rank < 2 else "black")
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=range(0, ranks.shape[1], 4), yticks=range(len(ranks)))
     ax.grid(visible=False)
+    return figure
+
+
+def times_by_size(sizes: Sequence[float], times: Mapping[str, Sequence[float]], title: str, ylabel: str) -> Figure:
+    """How long messages of some sizes (bytes) take, on logarithmic axes, a curve for each way to send them."""
+    figure, ax = plt.subplots()
+    for (label, values), color, marker in zip(times.items(), COLORS, MARKERS, strict=False):
+        ax.loglog(sizes, values, color=color, marker=marker, label=label)
+    ax.set(title=title, xlabel="bytes (logarithmic)", ylabel=ylabel)
+    ax.legend(loc="upper left")
     return figure
 
 

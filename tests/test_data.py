@@ -39,7 +39,7 @@ def test_the_files_stay_as_they_are(tmp_path):
     y.add_(5)
     samples.moments()
     for array in (samples.X, samples.y):
-        assert isinstance(array, np.memmap) and array.mode == "r" and not array.flags.writeable
+        assert isinstance(array.base, np.memmap) and array.base.mode == "r" and not array.flags.writeable
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
     assert samples[0][0].tolist() == [1, 1]
 

@@ -112,6 +112,11 @@ def test_outputs_are_short_and_without_warnings(path):
 
 
 @over_notebooks
+def test_no_time_of_a_run_is_stored(path):
+    assert not [cell for cell in cells(path) if "execution" in cell.metadata], "see CONTRIBUTING.md: record_timing"
+
+
+@over_notebooks
 def test_file_is_small(path):
     assert path.stat().st_size < 300_000
 
