@@ -29,7 +29,10 @@ def test_conda_and_pip_install_the_same():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert conda[-2:] == ["pip", {"pip": ["-e ."]}]
-    pip = project["dependencies"] + project["optional-dependencies"]["test"]
+    extras = project["optional-dependencies"]
+    own, *test = extras["test"]
+    assert (own, set(extras)) == ("ddp-tutorial[bench]", {"bench", "test"})
+    pip = project["dependencies"] + extras["bench"] + test
     pip.append("python" + project["requires-python"])
     assert dict(map(split, conda[:-2])) == dict(map(split, pip))
     assert len(conda[:-2]) == len(pip)
@@ -68,12 +71,14 @@ def test_licence():
 @pytest.mark.parametrize("path", sorted((ROOT / "ddp_tutorial").glob("*.py")), ids=lambda path: path.name)
 def test_package_hides_no_distributed_line(path):
     text = path.read_text()
+    if path.name == "exchange.py":
+        return  # the script calls it by name, and chapter 4 shows it
     if path.name == "__main__.py":
         text = text.replace('"torch.distributed.run"', "", 1)  # torchrun, by its module's name
     assert not re.search(
         r"torch\.distributed|_process_group|\ball_(reduce|gather)|DistributedDataParallel|\bdist\.", text
     )
-    assert not re.search(r"from torch import .*\bdistributed\b|DistributedSampler", text)
+    assert not re.search(r"from torch import .*\bdistributed\b|DistributedSampler\(", text)
 
 
 @pytest.mark.parametrize("package, other", [("data_gen", "ddp_tutorial"), ("ddp_tutorial", "data_gen")])

@@ -1,0 +1,54 @@
+"""``python -m benchmarks``: this project beside its peers, as ratios measured in one run."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def print_table(name: str, description: str, rows: list[dict]) -> None:
+    print(f"\n{name}: {description}", flush=True)
+    if not rows:
+        print("  not here: this machine has no GPU", flush=True)
+        return
+    cells = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+
+
+def show(value) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def main() -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; torchrun's ranks have one thread too
+    from benchmarks import figure, sections
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("sections", nargs="*", help=f"some of: {', '.join(sections.SECTIONS)} (all)")
+    parser.add_argument("--quick", action="store_true", help="two minutes: all of it once, on little data")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for results.json, peers.png and data (%(default)s)")  # fmt: skip
+    args = parser.parse_args()
+    unknown = [name for name in args.sections if name not in sections.SECTIONS]
+    if unknown:
+        parser.error(f"there is no section {unknown[0]}: choose from {', '.join(sections.SECTIONS)}")
+    missing = sorted({peer.partition(",")[0] for peer in sections.PEERS if not sections.installed(peer)})
+    if missing:
+        print(f"{', '.join(missing)} left out: pip install -e '.[bench]' adds them", file=sys.stderr)
+    plan, results, start = sections.Plan(args.out, args.quick), {}, time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.sections or sections.SECTIONS:
+        results[name] = sections.SECTIONS[name](plan)
+        print_table(name, sections.SECTIONS[name].__doc__.splitlines()[0], results[name])
+        (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    if "training" in results:
+        figure.peers(results["training"]).savefig(args.out / "peers.png", dpi=150)
+    print(f"\n{args.out / 'results.json'}, after {time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

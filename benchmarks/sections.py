@@ -1,0 +1,347 @@
+"""What is measured. Each section returns a table of the results file and prints it."""
+
+import contextlib
+import io
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import nll_loss
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from benchmarks import launch
+from benchmarks.launch import Ratio, Run
+from benchmarks.peers import PerSampleDataset
+from data_gen.__main__ import main as data_gen
+from ddp_tutorial.data import NpyDataset, batches, indices
+from ddp_tutorial.model import SimpleModel, Standardize
+from ddp_tutorial.script import write_script
+from ddp_tutorial.timing import seconds, take_turns
+from ddp_tutorial.training import train_one_epoch
+
+OURS = "ddp_sample.py"
+SLOWEST = "hand-written, per sample"
+TOLERANCE = 0.03  # of the validation loss: every program shuffles in its own way
+PEERS = {
+    "bare loop in memory (the limit)": ("limit",),
+    SLOWEST: ("hand_written", "per-sample"),
+    "hand-written, TensorDataset": ("hand_written", "tensor"),
+    "hand-written, our Dataset": ("hand_written", "gather"),
+    "Accelerate, per sample": ("with_accelerate", "per-sample"),
+    "Accelerate, our Dataset": ("with_accelerate", "gather"),
+    "Fabric, per sample": ("with_fabric", "per-sample"),
+    "Fabric, our Dataset": ("with_fabric", "gather"),
+    "Lightning, per sample": ("with_lightning", "per-sample"),
+    "Lightning, our Dataset": ("with_lightning", "gather"),
+}
+
+
+class Plan(NamedTuple):
+    """How much to measure, and where files may lie."""
+
+    folder: Path
+    quick: bool
+
+    def data(self, n_features: int, n_samples: int) -> Path:
+        out = self.folder / "data" / f"{n_samples}x{n_features}"
+        sizes = {"features": n_features, "train": n_samples, "val": 4096, "classes": 4 if n_features < 100 else 10}
+        flags = [word for name, size in sizes.items() for word in (f"--n-{name}", str(size))]
+        with contextlib.redirect_stdout(io.StringIO()):
+            if data_gen(["gaussian", "--out", str(out), "--reuse", *flags]):
+                raise RuntimeError(f"no data in {out}")
+        return out
+
+    def script(self) -> Path:
+        path = self.folder / OURS
+        write_script(path, force=True)
+        return path
+
+
+def data_path(plan: Plan) -> list[dict]:
+    """Samples per second of an epoch's batches, beside the limit: gathers from memory by a loop over indices."""
+    rows = []
+    for n_features, n in ((20, 65_536), (784, 16_384)):
+        n = 4096 if plan.quick else n
+        folder = plan.data(n_features, n)
+        files = [folder / f"{name}_train.npy" for name in "Xy"]
+        ours, X, y = NpyDataset(*files), *(torch.from_numpy(np.load(file)) for file in files)
+
+        def through_loader(dataset, batch_size, **options):
+            for _ in DataLoader(dataset, batch_size, shuffle=True, drop_last=True, **options):
+                pass
+
+        def as_the_script(batch_size, dataset=ours):
+            parts = batches(indices(DistributedSampler(dataset, 1, 0, drop_last=True)), batch_size)
+            for _ in DataLoader(dataset, batch_sampler=parts, collate_fn=NpyDataset.collate):
+                pass
+
+        def limit(batch_size, X=X, y=y):
+            for index in torch.randperm(len(X)).split(batch_size):
+                _ = X.index_select(0, index), y.index_select(0, index)  # held until the next, as a training loop does
+
+        per_sample, tensors = PerSampleDataset(*files), TensorDataset(X, y)
+        for batch_size in (128,) if plan.quick else (32, 128, 1024):
+            functions = {
+                "limit": lambda b=batch_size: limit(b),
+                "per sample": lambda b=batch_size, d=per_sample: through_loader(d, b),
+                "TensorDataset": lambda b=batch_size, d=tensors: through_loader(d, b),
+                "ours": lambda b=batch_size: as_the_script(b),
+            }
+            times = take_turns({name: lambda f=f: seconds(f) for name, f in functions.items()}, 3 if plan.quick else 9)
+            for name, values in times.items():
+                ratio = Ratio.of(base / value for base, value in zip(times["limit"], values, strict=True))
+                rate = round(n / statistics.median(values), -3)
+                rows.append({"features": n_features, "batch": batch_size, "by": name, "samples/s": int(rate), "of the limit": ratio})  # fmt: skip
+    return rows
+
+
+def step(plan: Plan) -> list[dict]:
+    """A training step on one process, 20 features, batches of 128, beside the same gradients written by hand."""
+    size, n_steps = 128, 100 if plan.quick else 300
+    data = [(torch.randn(size, 20), torch.randint(4, (size,))) for _ in range(n_steps)]
+    arrays = [(x.numpy(), y.numpy()) for x, y in data]
+
+    def by_hand():
+        W, b, vW, vb = (np.zeros(shape, np.float32) for shape in ((20, 4), 4, (20, 4), 4))
+        every = np.arange(size)
+        for x, y in arrays:
+            p = x @ W + b
+            p -= p.max(axis=1, keepdims=True)
+            np.exp(p, out=p)
+            p /= p.sum(axis=1, keepdims=True)
+            p[every, y] -= 1
+            p /= size
+            vW *= 0.9
+            vW += x.T @ p
+            vb *= 0.9
+            vb += p.sum(axis=0)
+            W -= 0.1 * vW
+            b -= 0.1 * vb
+
+    def trainer(standardize: bool, fused: bool):
+        first = [Standardize(torch.zeros(20), torch.ones(20))] if standardize else []
+        model = nn.Sequential(*first, SimpleModel(20, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+        return model, optimizer, lambda: train_one_epoch(model, data, optimizer, torch.device("cpu"))
+
+    model, optimizer, ours = trainer(True, False)
+
+    def forward():
+        for x, y in data:
+            nll_loss(model(x), y)
+
+    def and_backward():
+        for x, y in data:
+            for parameter in model.parameters():
+                parameter.grad = None
+            nll_loss(model(x), y).backward()
+
+    def and_zero_grad():
+        for x, y in data:
+            optimizer.zero_grad()
+            nll_loss(model(x), y).backward()
+
+    functions = {
+        "by hand in NumPy, no autograd": by_hand,
+        "forward": forward,
+        "forward, backward": and_backward,
+        "forward, zero_grad, backward": and_zero_grad,
+        "train_one_epoch (ours)": ours,
+        "ours, with SGD(fused=True)": trainer(True, True)[2],
+        "ours, not standardized": trainer(False, False)[2],
+    }
+    times = take_turns({name: lambda f=f: seconds(f) / n_steps for name, f in functions.items()}, 5 if plan.quick else 21)  # fmt: skip
+    base = times["by hand in NumPy, no autograd"]
+    return [
+        {
+            "step": name,
+            "us": round(1e6 * statistics.median(values), 1),
+            "times by hand": Ratio.of(v / b for v, b in zip(values, base, strict=True)),
+        }  # fmt: skip
+        for name, values in times.items()
+    ]
+
+
+def program(plan: Plan, peer: str) -> list:
+    if peer == OURS:
+        return [plan.script()]
+    module, *dataset = PEERS[peer]
+    return ["-m", f"benchmarks.peers.{module}", *(word for kind in dataset for word in ("--dataset", kind))]
+
+
+def installed(peer: str) -> bool:
+    return peer == OURS or not PEERS[peer][0].startswith("with_") or has(PEERS[peer][0].removeprefix("with_"))
+
+
+def has(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("lightning" if package == "fabric" else package) is not None
+
+
+def compare(plan: Plan, peers: list[str], n_ranks: int, data: Path, rounds: int, **flags) -> list[dict]:
+    """Train with each program, in turns; assert that they end in one loss; ratios to ours."""
+    runs: dict[str, list[Run]] = take_turns(
+        {peer: lambda p=peer: launch.run(n_ranks, program(plan, p), data, **flags) for peer in [OURS, *peers]}, rounds
+    )
+    n_classes = len(np.unique(np.load(data / "y_train.npy")))
+    target = runs[OURS][0].val_loss
+    assert target < 0.75 * math.log(n_classes), f"{OURS} has not learned: {target}"
+    for peer, rounds_of_peer in runs.items():
+        for run in rounds_of_peer:
+            assert abs(run.val_loss - target) < TOLERANCE * target, (
+                f"{peer}: validation loss {run.val_loss}, not {target}"
+            )
+    return [
+        {
+            "by": peer,
+            "epoch ms": round(1e3 * statistics.median(run.epoch for run in found), 1),
+            "epoch, times ours": Ratio.of(run.epoch / own.epoch for run, own in zip(found, runs[OURS], strict=True)),
+            "whole s": round(statistics.median(run.wall for run in found), 1),
+            "whole, times ours": Ratio.of(run.wall / own.wall for run, own in zip(found, runs[OURS], strict=True)),
+            "validation loss": round(found[0].val_loss, 4),
+        }
+        for peer, found in runs.items()
+    ]
+
+
+def training(plan: Plan) -> list[dict]:
+    """Epochs and whole runs of the script and its peers: the same files, global batch, epochs, ranks."""
+    if plan.quick:
+        cases = [(20, 2048, 1, 10, 1), (20, 2048, 2, 10, 1)]
+    else:
+        cases = [(20, 40_960, 1, 5, 3), (784, 16_384, 1, 5, 3), (20, 40_960, 2, 4, 3), (20, 40_960, 4, 3, 3)]
+    rows = []
+    for n_features, n, n_ranks, epochs, rounds in cases:
+        peers = [peer for peer in PEERS if installed(peer)]
+        if plan.quick and n_ranks > 1:
+            peers = [peer for peer in peers if "our" not in peer]
+        flags = {"epochs": epochs, "batch_size": 64 if plan.quick else 128, "lr": 0.1 if n_features < 100 else 1.0}
+        for row in compare(plan, peers, n_ranks, plan.data(n_features, n), rounds, **flags):
+            rows.append({"features": n_features, "ranks": n_ranks, "epochs": epochs} | row)
+    return rows
+
+
+def whole(plan: Plan) -> list[dict]:
+    """Whole runs, from the command to the prompt, of the script and of the per-sample script."""
+    rows = []
+    for n_ranks, epochs in ((2, 5),) if plan.quick else ((1, 100), (4, 30)):
+        data = plan.data(20, 2048 if plan.quick else 40_960)
+        flags = {"epochs": epochs, "batch_size": 128, "lr": 0.1}
+        for row in compare(plan, [SLOWEST], n_ranks, data, 1 if plan.quick else 3, **flags):
+            rows.append({"ranks": n_ranks, "epochs": epochs} | row)
+    return rows
+
+
+def startup(plan: Plan) -> list[dict]:
+    """Seconds from the command to the end of the first step, of the rank that is last."""
+    rows, data = [], plan.data(20, 2048)
+    for n_ranks in (1, 2) if plan.quick else (1, 2, 4):
+        found = []
+        for _ in range(1 if plan.quick else 5):
+            with tempfile.TemporaryDirectory() as folder:
+                words = [Path(__file__).with_name("startup_probe.py"), folder, plan.script(), "--data-dir", data]
+                started = {"STARTED": str(time.clock_gettime(time.CLOCK_BOOTTIME))}
+                launch.call(launch.command(n_ranks, [*words, "--out", folder]), started)
+                ranks = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+                found.append(max(ranks, key=lambda parts: sum(parts.values())))
+        for part in found[0]:
+            rows.append({"ranks": n_ranks, "part": part, "s": round(statistics.median(f[part] for f in found), 2)})
+        rows.append({"ranks": n_ranks, "part": "all", "s": round(statistics.median(sum(f.values()) for f in found), 2)})
+    return rows
+
+
+def exchange(plan: Plan) -> list[dict]:
+    """One exchange of gradients between gloo ranks, by several ways; then the DDP step of SimpleModel."""
+    rows = []
+    sizes = (84, 65_536) if plan.quick else (84, 4096, 65_536, 262_144, 1_048_576, 4_194_304)
+    for n_ranks in (2,) if plan.quick else (2, 4):
+        words = ["-m", "benchmarks.exchange_probe", 1 if plan.quick else 5, *sizes]
+        text = launch.call(launch.command(n_ranks, words))[2]
+        found = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+        tables = [(f"{int(size):,} B", table) for size, table in found["exchanges"].items()] + [
+            ("step", found["steps"])
+        ]
+        for what, table in tables:
+            for name, (wall, cpu, waits, segments) in table.items():
+                rows.append(
+                    {"ranks": n_ranks, "what": what, "by": name, "ms": round(1e3 * wall, 2)}
+                    | {
+                        "CPU ms a rank": round(1e3 * cpu, 2),
+                        "waits a rank": round(waits, 1),
+                        "TCP segments": round(segments),
+                    }  # fmt: skip
+                )
+    return rows
+
+
+def memory(plan: Plan) -> list[dict]:
+    """The most that a rank holds (PSS), with an X of 2 GB: mapped, as ours, and loaded; and with hardly any data."""
+    n_ranks = 2 if plan.quick else 4
+    little, much = plan.data(784, 4096), plan.data(784, 8192 if plan.quick else 640_000)
+    rows = []
+    for peer, data in ((OURS, little), (OURS, much), ("hand-written, TensorDataset", much)):
+        size = (data / "X_train.npy").stat().st_size
+        used = launch.run(n_ranks, program(plan, peer), data, epochs=1, batch_size=4096, lr=0.1).pss
+        row = {"ranks": n_ranks, "X, MB": round(size / 1e6), "by": peer}
+        rows.append(row | {"PSS MB a rank": round(used / 1e6), "PSS MB, all": round(n_ranks * used / 1e6)})
+    return rows
+
+
+def growth(plan: Plan) -> list[dict]:
+    """What grows with the samples and with the ranks: 20 features, batches of 1024, the script's second epoch."""
+    rows = []
+    cases = [(10_000, 1), (10_000, 2)] if plan.quick else [(10**k, 1) for k in (4, 5, 6, 7)] + [(10**6, 2), (10**6, 4)]
+    for n, n_ranks in cases:
+        data = plan.data(20, n)
+        run = launch.run(n_ranks, [plan.script()], data, epochs=2, batch_size=1024, lr=0.1)
+        sampler = DistributedSampler(range(n), n_ranks, 0, drop_last=True)
+        order = [min(seconds(lambda: f(sampler)) for _ in range(2)) for f in (indices, list)]  # noqa: B023
+        rows.append(
+            {"samples": n, "ranks": n_ranks, "epoch s": round(run.epochs[1], 3)}
+            | {"us a step": round(1e6 * run.epochs[1] / (n // 1024), 1), "PSS MB a rank": round(run.pss / 1e6)}
+            | {"order ms": round(1e3 * order[0], 2), "order as a list, ms": round(1e3 * order[1], 2)}
+        )
+    return rows
+
+
+def gpu(plan: Plan) -> list[dict]:
+    """One GPU: the script beside a loop whose data lies on the device."""
+    if not torch.cuda.is_available():
+        return []
+    rows = []
+    for n_features, n in ((20, 40_960), (784, 16_384)):
+        data, flags = plan.data(n_features, n), {"epochs": 5, "batch_size": 1024, "lr": 0.1}
+        loop = [*program(plan, "bare loop in memory (the limit)"), "--device", "cuda"]
+        runs = take_turns(
+            {
+                OURS: lambda d=data, f=flags: launch.run(1, [plan.script(), "--device", "cuda"], d, **f),
+                "data on the device": lambda d=data, f=flags, w=loop: launch.run(1, w, d, **f),
+            },
+            1 if plan.quick else 5,
+        )
+        for name, found in runs.items():
+            ratio = Ratio.of(run.epoch / own.epoch for run, own in zip(found, runs[OURS], strict=True))
+            epoch = round(1e3 * statistics.median(run.epoch for run in found), 1)
+            rows.append({"features": n_features, "by": name, "epoch ms": epoch, "times ours": ratio})
+    return rows
+
+
+SECTIONS = {
+    "data": data_path,
+    "step": step,
+    "exchange": exchange,
+    "startup": startup,
+    "training": training,
+    "whole": whole,
+    "memory": memory,
+    "growth": growth,
+    "gpu": gpu,
+}

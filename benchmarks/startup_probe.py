@@ -1,0 +1,65 @@
+"""Runs ddp_sample.py, as it is, up to its first step, and says when each part of the start was over.
+
+`startup_probe.py FOLDER SCRIPT FLAGS` leaves FOLDER/RANK.json: {part: seconds}, in order. $STARTED is when the
+command was given, on the clock that Linux counts from the boot of the machine.
+"""
+
+import json
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+
+def now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def created() -> float:
+    """When this process was."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+marks = [("torchrun", created()), ("Python", now())]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+marks.append(("import torch", now()))
+
+
+def timed(owner, name: str, before: str, part: str) -> None:
+    """From now on a call of `owner.name` ends two parts: what came before it, and itself."""
+    function = getattr(owner, name)
+
+    def wrapper(*args, **options):
+        marks.append((before, now()))
+        result = function(*args, **options)
+        marks.append((part, now()))
+        return result
+
+    setattr(owner, name, wrapper)
+
+
+def leave() -> None:
+    marks.append(("first step", now()))
+    parts, start = {}, float(os.environ["STARTED"])
+    for part, end in marks:
+        parts[part], start = parts.get(part, 0.0) + max(0.0, end - start), max(start, end)
+    Path(folder, f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(parts))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    folder, *sys.argv = sys.argv[1:]
+    from ddp_tutorial import cli
+
+    timed(cli, "parse_args", "other imports", "other imports")
+    timed(dist, "init_process_group", "the ranks meet", "the ranks meet")
+    timed(torch.optim.SGD, "__init__", "look at the data", "optimizer (imports dynamo)")
+    timed(torch.nn.parallel.DistributedDataParallel, "__init__", "checkpoint, history", "wrap in DDP")
+    step = torch.optim.SGD.step
+    torch.optim.SGD.step = lambda *args, **options: (step(*args, **options), leave())
+    runpy.run_path(sys.argv[0], run_name="__main__")
