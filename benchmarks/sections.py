@@ -217,11 +217,11 @@ def training(plan: Plan) -> list[dict]:
     if plan.quick:
         cases = [(20, 2048, 1, 10, 1), (20, 2048, 2, 10, 1)]
     else:
-        cases = [(20, 40_960, 1, 5, 3), (784, 16_384, 1, 5, 3), (20, 40_960, 2, 4, 3), (20, 40_960, 4, 3, 3)]
+        cases = [(20, 40_960, 1, 5, 3), (784, 16_384, 1, 5, 3), (20, 20_480, 2, 4, 3), (20, 20_480, 4, 3, 3)]
     rows = []
     for n_features, n, n_ranks, epochs, rounds in cases:
         peers = [peer for peer in PEERS if installed(peer)]
-        if plan.quick and n_ranks > 1:
+        if n_ranks == 2:
             peers = [peer for peer in peers if "our" not in peer]
         flags = {"epochs": epochs, "batch_size": 64 if plan.quick else 128, "lr": 0.1 if n_features < 100 else 1.0}
         for row in compare(plan, peers, n_ranks, plan.data(n_features, n), rounds, **flags):
@@ -232,11 +232,11 @@ def training(plan: Plan) -> list[dict]:
 def whole(plan: Plan) -> list[dict]:
     """Whole runs, from the command to the prompt, of the script and of the per-sample script."""
     rows = []
-    for n_ranks, epochs in ((2, 5),) if plan.quick else ((1, 100), (4, 30)):
-        data = plan.data(20, 2048 if plan.quick else 40_960)
+    for n_ranks, epochs, n in ((2, 5, 2048),) if plan.quick else ((1, 100, 40_960), (4, 100, 4096)):
+        data = plan.data(20, n)
         flags = {"epochs": epochs, "batch_size": 128, "lr": 0.1}
         for row in compare(plan, [SLOWEST], n_ranks, data, 1 if plan.quick else 3, **flags):
-            rows.append({"ranks": n_ranks, "epochs": epochs} | row)
+            rows.append({"samples": n, "ranks": n_ranks, "epochs": epochs} | row)
     return rows
 
 

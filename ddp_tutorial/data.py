@@ -122,9 +122,10 @@ def indices(sampler: DistributedSampler) -> np.ndarray:
     return order[sampler.rank : sampler.total_size : sampler.num_replicas].contiguous().numpy()
 
 
-def batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """`rows` in parts of `batch_size`, without the rest, for `DataLoader(batch_sampler=...)`."""
-    return [rows[i : i + batch_size] for i in range(0, len(rows) - batch_size + 1, batch_size)]
+def batches(rows: np.ndarray, batch_size: int, drop_last: bool = True) -> list[np.ndarray]:
+    """`rows` in parts of `batch_size`, without or with the rest, for `DataLoader(batch_sampler=...)`."""
+    stop = len(rows) - batch_size + 1 if drop_last else len(rows)
+    return [rows[i : i + batch_size] for i in range(0, stop, batch_size)]
 
 
 def map_array(path: Path) -> np.ndarray:

@@ -143,9 +143,12 @@ def test_indices_are_those_of_the_sampler(n_samples, n_ranks):
             assert indices(sampler).tolist() == list(sampler)
 
 
-@pytest.mark.parametrize("n_rows, expected", [(6, [[0, 1, 2], [3, 4, 5]]), (7, [[0, 1, 2], [3, 4, 5]]), (2, [])])
-def test_batches_are_full(n_rows, expected):
-    assert [part.tolist() for part in batches(np.arange(n_rows), 3)] == expected
+@pytest.mark.parametrize(
+    "n_rows, full, rest", [(6, [[0, 1, 2], [3, 4, 5]], []), (4, [[0, 1, 2]], [[3]]), (2, [], [[0, 1]]), (0, [], [])]
+)
+def test_batches_are_full_but_for_the_rest(n_rows, full, rest):
+    assert [part.tolist() for part in batches(np.arange(n_rows), 3)] == full
+    assert [part.tolist() for part in batches(np.arange(n_rows), 3, drop_last=False)] == full + rest
 
 
 def test_a_batch_of_indices_reaches_the_loader_whole(tmp_path):

@@ -43,7 +43,8 @@ def train(args, rank: int, world_size: int) -> None:
     history.write()
 
 
-def main() -> None:
+def run(train) -> None:
+    """`train` with the flags, the rank and the number of ranks; on several ranks between the group's start and end."""
     args = parse_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(train)

@@ -1,14 +1,13 @@
 """The limit: everything in memory (or on the GPU), a loop over indices, no DataLoader, no checks."""
 
-import os
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import nll_loss
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.peers import MOMENTUM, History, new_model, parse_args, sums_of
+from benchmarks.peers import MOMENTUM, History, new_model, sums_of
+from benchmarks.peers.hand_written import run
 
 
 def train(args, rank: int, world_size: int) -> None:
@@ -37,15 +36,5 @@ def train(args, rank: int, world_size: int) -> None:
     history.write()
 
 
-def main() -> None:
-    args = parse_args()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        dist.init_process_group("gloo")
-    train(args, rank, world_size)
-    if world_size > 1:
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run(train)
