@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.animation import FuncAnimation
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
 COLORS = ("#12355b", "#d1495b", "#e9a23b", "#5fa08a")
@@ -128,6 +129,113 @@ def timeline(spans: Mapping[str, tuple[float, float]], title: str, xlabel: str) 
     drawn = ax.barh(list(spans), ends - starts, left=starts, color=COLORS[0], height=0.6)
     ax.bar_label(drawn, labels=[f"{length:.2f} s" for length in ends - starts], padding=4)
     ax.set(title=title, xlabel=xlabel, xlim=(starts[0] - 0.3, ends[-1] + 0.15 * (ends[-1] - starts[0])))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+def _cell(ax: Axes, x: float, y: float, text: object, color: str, size: float = 9, **options) -> None:
+    """A coloured cell, 1 x 1 with a gap, whose upper left corner is (x, y) where y points down."""
+    ax.add_patch(plt.Rectangle((x, y), 0.94, 0.9, **{"facecolor": color, "edgecolor": "none"} | options))
+    light = np.dot(to_rgb(color), (0.3, 0.59, 0.11)) > 0.47
+    ax.text(x + 0.47, y + 0.45, text, ha="center", va="center", size=size, color="black" if light else "white")
+
+
+def before_after(collectives: Mapping[str, tuple[Sequence, Sequence]], title: str) -> Figure:
+    """What four ranks hold before and after some collectives: name -> (each rank's numbers before, after).
+
+    The tens of a number tell whose it is, and so its colour; 40 and above are grey.
+    """
+    widths = [5.4 + max(map(len, after)) for _, after in collectives.values()]
+    figure, axes = plt.subplots(1, len(collectives), figsize=(9, 2.4), width_ratios=widths)
+    for ax, (name, sides), width in zip(axes, collectives.items(), widths, strict=True):
+        for left, label, side in zip((0, 4.2), ("before", "after"), sides, strict=True):
+            ax.text(left, -0.15, label, color="#555555")
+            for rank, numbers in enumerate(side):
+                for i, number in enumerate(numbers):
+                    _cell(ax, left + i, rank, number, COLORS[number // 10] if number < 40 else "#dddddd")
+        ax.annotate("", (4, 2), (2.2, 2), arrowprops={"arrowstyle": "->", "lw": 1.5})
+        ax.set(xlim=(0, width), ylim=(4, -0.8), xticks=[], yticks=[])
+        ax.set_title(name, weight="normal")
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+    axes[0].set_yticks([rank + 0.45 for rank in range(4)], [f"rank {rank}" for rank in range(4)])
+    axes[0].tick_params(length=0)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
+    return figure
+
+
+RING_COLORS = ("#e3e9f0", "#a9bbd0", "#6283a8", COLORS[0])  # a sum of one to four ranks' numbers
+
+
+def ring_strip(states: Sequence, title: str) -> Figure:
+    """Whose numbers are in each rank's chunks after each step: `states[step][rank][chunk]` is a set of ranks, of four."""
+    figure, axes = plt.subplots(1, len(states), figsize=(9, 1.9))
+    for step, (ax, state) in enumerate(zip(axes, states, strict=True)):
+        for rank, chunks in enumerate(state):
+            for chunk, ranks in enumerate(chunks):
+                _cell(ax, chunk, rank, "".join(map(str, sorted(ranks))), RING_COLORS[len(ranks) - 1], size=6)
+        ax.set(xlim=(-0.05, 4), ylim=(4, -0.05), xticks=[], yticks=[], aspect="equal")
+        ax.grid(visible=False)
+        ax.set_title(f"step {step}" if step else "start", weight="normal", size=9)
+        ax.spines[:].set_visible(False)
+    axes[0].set_yticks([rank + 0.45 for rank in range(4)], [f"rank {rank}" for rank in range(4)], size=8)
+    axes[0].tick_params(length=0)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
+    figure.supxlabel(
+        "each panel: four chunks, side by side; a cell names the ranks whose numbers are in its sum", size=8
+    )
+    return figure
+
+
+def ring_animation(states: Sequence, moves: Sequence[Sequence[int]]) -> FuncAnimation:
+    """The states of `ring_strip` as an animation; `moves[step][rank]` is the chunk that `rank` sends to its right."""
+    corners = ((0.0, 0.0), (7.0, 0.0), (7.0, 3.2), (0.0, 3.2))
+    figure = plt.figure(figsize=(5.2, 2.6), dpi=80)
+    figure.set_layout_engine("none")
+    ax = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    frames = [(0, 0.0)] + [(step, part) for step in range(len(moves)) for part in (0.3, 0.7, 1.0)]
+
+    def draw(frame: tuple[int, float]) -> None:
+        step, part = frame
+        ax.clear()
+        ax.set(xlim=(-0.1, 11.1), ylim=(4.3, -0.7))
+        ax.axis("off")
+        state = states[step + (part == 1)]
+        for rank, (x, y) in enumerate(corners):
+            ax.text(x, y - 0.15, f"rank {rank}", size=9)
+            to = corners[(rank + 1) % 4]
+            start, end = np.add((x, y), (2, 0.45)), np.add(to, (2, 0.45))
+            gap = (end - start) * (0.37 if y == to[1] else 0.34)
+            ax.annotate("", end - gap, start + gap, arrowprops={"arrowstyle": "->", "color": "#999999", "lw": 1.5})
+            for chunk, ranks in enumerate(state[rank]):
+                _cell(ax, x + chunk, y, "".join(map(str, sorted(ranks))), RING_COLORS[len(ranks) - 1], size=8)
+        for rank, (x, y) in enumerate(corners if 0 < part < 1 else ()):
+            chunk, ranks = moves[step][rank], state[rank][moves[step][rank]]
+            x, y = np.add((x + chunk, y), np.subtract(corners[(rank + 1) % 4], (x, y)) * part)
+            text, color = "".join(map(str, sorted(ranks))), RING_COLORS[len(ranks) - 1]
+            _cell(ax, x, y, text, color, size=8, edgecolor=COLORS[1], lw=2, zorder=3)
+        what = "add what arrives" if step < len(moves) / 2 else "keep what arrives"
+        words = f"step {step + 1} of {len(moves)}:\n{what}" if part else "start"
+        ax.text(5.5, 2.05, words, ha="center", va="center", size=9, weight="bold")
+
+    animation = FuncAnimation(figure, draw, frames=frames, interval=500, init_func=lambda: draw(frames[0]))
+    plt.close(figure)  # or the notebook shows it as well
+    return animation
+
+
+def lanes(
+    spans: Mapping[str, Sequence[tuple[str, float, float]]], colors: Sequence[str], title: str, xlabel: str
+) -> Figure:
+    """What runs side by side: for each lane some (label, start, end). A label stands where there is room for it."""
+    figure, ax = plt.subplots(figsize=(9, 0.9 + 0.4 * len(spans)))
+    last = max(end for lane in spans.values() for *_, end in lane)
+    for y, (lane, color) in enumerate(zip(spans.values(), colors, strict=True)):
+        for label, start, end in lane:
+            ax.barh(y, end - start, left=start, height=0.7, color=color, edgecolor="white")
+            if end - start > 0.011 * last * len(label):
+                ax.text((start + end) / 2, y, label, ha="center", va="center", size=8, color="white")
+    ax.set(title=title, xlabel=xlabel, xlim=(0, last * 1.01), yticks=range(len(spans)), yticklabels=list(spans))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return figure
