@@ -117,6 +117,14 @@ def test_no_time_of_a_run_is_stored(path):
 
 
 @over_notebooks
+def test_outputs_load_nothing_from_the_network(path):
+    for cell in cells(path):
+        for output in cell.outputs:
+            html = "".join(output.get("data", {}).get("text/html", ""))
+            assert not re.search(r"""\b(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""", html), cell.source
+
+
+@over_notebooks
 def test_file_is_small(path):
     assert path.stat().st_size < 300_000
 
