@@ -60,8 +60,11 @@ def test_ci_runs_the_commands_of_the_readme():
 
 
 def test_readme_table_lists_every_chapter():
-    listed = re.findall(r"^\| \[[^]]+\]\((notebooks/[^)]+\.ipynb)\) \|", README, re.M)
-    assert listed == sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "notebooks").glob("*.ipynb"))
+    listed = re.findall(r"^\| \[[^]]+\]\((notebooks/[^)]+\.ipynb)\) \|.*\| (\d+) \|", README, re.M)
+    chapters = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert [name for name, _ in listed] == [path.relative_to(ROOT).as_posix() for path in chapters]
+    for (_, minutes), path in zip(listed, chapters, strict=True):
+        assert f"**Time:** {minutes} minutes to read" in path.read_text(), path
 
 
 def test_licence():
