@@ -29,7 +29,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("sections", nargs="*", help=f"some of: {', '.join(sections.SECTIONS)} (all)")
-    parser.add_argument("--quick", action="store_true", help="two minutes: all of it once, on little data")
+    parser.add_argument("--quick", action="store_true", help="four minutes: all of it once, on little data")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for results.json, peers.png and data (%(default)s)")  # fmt: skip
     args = parser.parse_args()
     unknown = [name for name in args.sections if name not in sections.SECTIONS]

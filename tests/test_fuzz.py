@@ -264,6 +264,7 @@ def finite(out: Path, n_epochs: int) -> bool:
     return [line["epoch"] for line in history] == [*range(1, n_epochs + 1)] and all(map(math.isfinite, losses))
 
 
+@pytest.mark.filterwarnings("ignore:Stored array in format")  # the case asks for it
 def test_data(served, data):
     def case(changes):
         with tempfile.TemporaryDirectory() as folder:
