@@ -59,7 +59,7 @@ def test_ci_runs_the_commands_of_the_readme():
     ]
 
 
-def test_readme_table_lists_every_chapter():
+def test_readme_table_lists_every_chapter_with_its_minutes():
     listed = re.findall(r"^\| \[[^]]+\]\((notebooks/[^)]+\.ipynb)\) \|.*\| (\d+) \|", README, re.M)
     chapters = sorted((ROOT / "notebooks").glob("*.ipynb"))
     assert [name for name, _ in listed] == [path.relative_to(ROOT).as_posix() for path in chapters]
