@@ -10,6 +10,8 @@ from pathlib import Path
 from data_gen import digits, gaussian
 from data_gen.output import FILES, OutputError, open_output
 
+FORMAT = 2  # of meta.json
+
 
 def number(kind: type, low: float, high: float):
     """An argparse type: a `kind` from `low` to `high`, both included."""
@@ -94,6 +96,7 @@ def parameters_of(out: Path) -> dict | None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     parameters = {k: v for k, v in vars(args).items() if k not in ("out", "force", "reuse")}
+    parameters["format"] = FORMAT
     present = parameters_of(args.out)
     if args.reuse and present == parameters:
         print(f"{args.out} holds these data already")
@@ -102,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     generate = {"gaussian": gaussian.generate, "digits": digits.generate}[args.kind]
     try:
         with open_output(args.out, replace=args.force or (args.reuse and present is not None)) as output:
-            facts = generate(output, **{k: v for k, v in parameters.items() if k != "kind"})
+            facts = generate(output, **{k: v for k, v in parameters.items() if k not in ("kind", "format")})
             output.write_meta({"parameters": parameters, **facts})
     except (OutputError, MemoryError) as error:
         print(f"python -m data_gen: error: {error}", file=sys.stderr)
@@ -112,10 +115,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"{args.out}: {facts['summary']}")
     if "bayes" in facts:
-        bayes = facts["bayes"]
+        train, val = facts["bayes"]["train"], facts["bayes"]["val"]
         print(
-            f"the best possible classifier has validation loss {bayes['cross_entropy_nats']:.4f} nats"
-            f" (chance: {math.log(args.n_classes):.4f}) and accuracy {bayes['accuracy']:.4f}"
+            f"the true probabilities have training loss {train['cross_entropy_nats']:.4f} nats, validation loss"
+            f" {val['cross_entropy_nats']:.4f} (chance: {math.log(args.n_classes):.4f}) and accuracy {val['accuracy']:.4f}"
         )
     return 0
 

@@ -53,8 +53,8 @@ def generate(
 ) -> dict:
     """Write the four arrays to `output`, chunk by chunk; return the facts for `meta.json`.
 
-    Under "bayes" stand the mean cross-entropy (nats) and the accuracy of the true posterior on the
-    validation samples, each with its standard error, and the number of samples they are taken over.
+    Under "bayes" stand, for "train" and for "val", the mean cross-entropy (nats) and the accuracy of the true
+    posterior on the samples of that split, each with its standard error, and their number.
     """
     output.reserve((n_train + n_val) * (4 * n_features + 8))
     train_seed, val_seed, means_seed = np.random.SeedSequence(seed).spawn(3)
@@ -62,32 +62,38 @@ def generate(
         np.random.default_rng(means_seed).standard_normal((n_classes, n_features)) * separation / np.sqrt(n_features)
     )
     rows = max(1, CHUNK_BYTES // (8 * max(n_features, n_classes)))
-    loss = loss_squared = correct = 0.0
+    bayes = {}
     with tqdm(total=n_train + n_val, unit=" samples", unit_scale=True, disable=None) as progress:
         for split, n, split_seed in (("train", n_train, train_seed), ("val", n_val, val_seed)):
             rng = np.random.default_rng(split_seed)
+            loss = loss_squared = correct = 0.0
             X = output.array(f"X_{split}.npy", (n, n_features), np.float32)
             y = output.array(f"y_{split}.npy", (n,), np.int64)
             for start in range(0, n, rows):
                 stop = min(start + rows, n)
                 X[start:stop], y[start:stop] = sample(rng, means, correlation, stop - start)
-                if split == "val":
-                    log_p = log_posterior(X[start:stop], means, correlation)
-                    nll = -log_p[np.arange(stop - start), y[start:stop]]
-                    loss += nll.sum()
-                    loss_squared += (nll**2).sum()
-                    correct += (log_p.argmax(1) == y[start:stop]).sum()
+                log_p = log_posterior(X[start:stop], means, correlation)
+                nll = -log_p[np.arange(stop - start), y[start:stop]]
+                loss += nll.sum()
+                loss_squared += (nll**2).sum()
+                correct += (log_p.argmax(1) == y[start:stop]).sum()
                 progress.update(stop - start)
             X.flush()
             y.flush()
-    mean, accuracy = loss / n_val, correct / n_val
+            bayes[split] = best_possible(n, loss, loss_squared, correct)
     return {
         "summary": f"{n_train:,} training and {n_val:,} validation samples, {n_features:,} features, {n_classes:,} classes",
-        "bayes": {
-            "cross_entropy_nats": float(mean),
-            "cross_entropy_standard_error": float(np.sqrt(max(0.0, loss_squared / n_val - mean**2) / n_val)),
-            "accuracy": float(accuracy),
-            "accuracy_standard_error": float(np.sqrt(accuracy * (1 - accuracy) / n_val)),
-            "n_samples": n_val,
-        },
+        "bayes": bayes,
+    }
+
+
+def best_possible(n: int, loss: float, loss_squared: float, correct: float) -> dict:
+    """What `meta.json` says of the true posterior on `n` samples, from sums over them."""
+    mean, accuracy = loss / n, correct / n
+    return {
+        "cross_entropy_nats": float(mean),
+        "cross_entropy_standard_error": float(np.sqrt(max(0.0, loss_squared / n - mean**2) / n)),
+        "accuracy": float(accuracy),
+        "accuracy_standard_error": float(np.sqrt(accuracy * (1 - accuracy) / n)),
+        "n_samples": n,
     }

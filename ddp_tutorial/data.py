@@ -1,19 +1,22 @@
 """The four `.npy` files as PyTorch datasets, and the checks that refuse bad files."""
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
-from ddp_tutorial.cli import UserError, reason
+from ddp_tutorial.console import UserError, reason, say
 from ddp_tutorial.files import check_regular
 
 DEFAULT_DATA_DIR = "/mnt/ddp/sample"
 SCAN_BYTES = 16 * 2**20  # of float32 features read at a time: no scan needs the file in memory
+SAMPLE_ROWS = 4096  # rows whose spread stands for that of all
+FAR_OUT = 10  # times the spread of the middle half: a standard deviation that a few values make
 
 
 class DataError(UserError):
@@ -27,29 +30,20 @@ class NpyDataset(Dataset):
     page cache. A `DataLoader` fetches a whole batch with one call of `__getitems__`: pass
     `collate_fn=NpyDataset.collate` so that it takes the batch as it is.
 
-    Attributes: `n_features` F, `n_classes` (largest label + 1), `classes` (the labels that occur).
+    Attributes: `n_features` F; `mean` and `std` (F,) float64 of each feature; `class_counts` (C,) int64, how often
+    each label from 0 on occurs; `n_classes` C.
 
-    Raises `DataError` for a missing, damaged or unsuitable file. Every label is looked at; the features are
-    looked at by `moments`.
+    Raises `DataError` for a missing, damaged or unsuitable file: every label and every feature is looked at, once.
     """
 
     def __init__(self, X_path: str | Path, y_path: str | Path):
         self.X_path, self.y_path = Path(X_path), Path(y_path)
         self.X, self.y = map_array(self.X_path), map_array(self.y_path)
-        if self.X.ndim != 2 or self.X.shape[1] == 0:
-            raise DataError(f"{self.X_path}: the shape is {self.X.shape}: it must be (samples, features)")
-        if self.y.ndim != 1:
-            raise DataError(f"{self.y_path}: the shape is {self.y.shape}: it must be (samples,)")
-        if len(self.X) != len(self.y):
-            raise DataError(
-                f"{self.y_path}: {len(self.y)} labels for the {len(self.X)} samples of {self.X_path.name}: "
-                "give each sample one label"
-            )
-        if len(self.X) == 0:
-            raise DataError(f"{self.X_path}: there are no samples: give at least one")
+        check_shapes(self.X, self.X_path, self.y, self.y_path)
         self.n_features = self.X.shape[1]
-        self.classes = check_labels(self.y, self.y_path)
-        self.n_classes = int(self.classes[-1]) + 1
+        self.class_counts = count_labels(self.y, self.y_path)
+        self.n_classes = len(self.class_counts)
+        self.mean, self.std = map(torch.from_numpy, mean_and_std(self.X, self.X_path))
 
     def __len__(self) -> int:
         return len(self.X)
@@ -70,62 +64,6 @@ class NpyDataset(Dataset):
     def collate(batch):
         """For `DataLoader(collate_fn=...)`: `__getitems__` has made the batch already."""
         return batch
-
-    def moments(self, part: int = 0, n_parts: int = 1) -> torch.Tensor:
-        """Count, sum and sum of squares of each feature over one of `n_parts` blocks of rows.
-
-        Returns (3, F) float64; the tensors of all parts add up to that of the whole. The values are
-        taken relative to the first row, which keeps the variance exact where the mean is large
-        (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983).
-        A nan or an infinity in a feature makes its sums non-finite: see `standardization`.
-        """
-        start, stop = (len(self) * p // n_parts for p in (part, part + 1))
-        step = max(1, SCAN_BYTES // (4 * self.n_features))
-        sums = np.zeros((3, self.n_features))
-        with np.errstate(all="ignore"):
-            for i in range(start, stop, step):
-                x = self.X[i : min(i + step, stop)].astype(np.float32) - self._origin()
-                sums[0] += len(x)
-                sums[1] += x.sum(0)
-                sums[2] += np.square(x, out=x).sum(0)
-        return torch.from_numpy(sums)
-
-    def standardization(self, moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (F,) and standard deviation (F,), float64, from the `moments` of all rows.
-
-        Raises `DataError` if a feature holds a value that is not finite in float32.
-        """
-        count, total, total_square = moments.cpu()
-        bad = torch.nonzero(~(total + total_square).isfinite()).flatten().tolist()
-        if bad:
-            raise DataError(
-                f"{self.X_path}: feature {bad[0]} holds a nan or an infinite value"
-                + (f", as do {len(bad) - 1} other features" if bad[1:] else "")
-                + ": replace these values or leave their samples out"
-            )
-        mean = total / count
-        std = (total_square / count - mean**2).clamp(min=0).sqrt()
-        return mean + torch.from_numpy(self._origin()), std
-
-    def _origin(self) -> np.ndarray:
-        return self.X[0].astype(np.float32).astype(np.float64)
-
-
-def indices(sampler: DistributedSampler) -> np.ndarray:
-    """`list(sampler)` as an array, for a sampler that shuffles and drops the rest.
-
-    `DistributedSampler` makes a Python list of the whole data set's indices in each rank: 40 bytes and
-    60 ns a sample, every epoch. The numbers and their order are the same.
-    """
-    generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)
-    order = torch.randperm(len(sampler.dataset), generator=generator)
-    return order[sampler.rank : sampler.total_size : sampler.num_replicas].contiguous().numpy()
-
-
-def batches(rows: np.ndarray, batch_size: int, drop_last: bool = True) -> list[np.ndarray]:
-    """`rows` in parts of `batch_size`, without or with the rest, for `DataLoader(batch_sampler=...)`."""
-    stop = len(rows) - batch_size + 1 if drop_last else len(rows)
-    return [rows[i : i + batch_size] for i in range(0, stop, batch_size)]
 
 
 def map_array(path: Path) -> np.ndarray:
@@ -160,75 +98,99 @@ def why_unreadable(path: Path, error: Exception) -> str:
     return "the file is damaged or was cut short"
 
 
-def check_labels(y: np.ndarray, path: Path) -> np.ndarray:
-    """The classes that occur in `y`, ascending, int64. Raises `DataError` for labels that are not classes."""
-    found = np.empty(0, np.int64)
+def check_shapes(X: np.ndarray, X_path: Path, y: np.ndarray, y_path: Path) -> None:
+    """Raise `DataError` unless X is (N, F) and y is (N,), with at least one sample and one feature."""
+    if X.ndim != 2 or X.shape[1] == 0:
+        remedy = "call X.reshape(len(X), -1)" if X.ndim > 2 else "call X.reshape(-1, 1) for one feature" if X.ndim == 1 else "give at least one"  # fmt: skip
+        raise DataError(f"{X_path}: the shape is {X.shape}, not (samples, features): {remedy}")
+    if y.ndim != 1:
+        remedy = "call y.argmax(axis=1) on one-hot labels" if y.ndim == 2 and y.shape[1] > 1 else "call y.ravel()"
+        raise DataError(f"{y_path}: the shape is {y.shape}, not (samples,): {remedy}")
+    if len(X) != len(y):
+        raise DataError(f"{y_path}: {len(y)} labels for the {len(X)} samples of {X_path.name}: give each sample one label")  # fmt: skip
+    if len(X) == 0:
+        raise DataError(f"{X_path}: there are no samples: give at least one")
+
+
+def count_labels(y: np.ndarray, path: Path) -> np.ndarray:
+    """How often each class from 0 on occurs in `y`: (C,) int64. Raises `DataError` for labels that are not classes."""
+    counts = np.zeros(1, np.int64)
     for i in range(0, len(y), SCAN_BYTES // 8):
-        values = np.unique(y[i : i + SCAN_BYTES // 8])
+        values, n = np.unique(y[i : i + SCAN_BYTES // 8], return_counts=True)
         with np.errstate(invalid="ignore"):
             wrong = values[values != np.floor(values)] if values.dtype.kind == "f" else ()
-        if len(wrong):
-            raise DataError(f"{path}: the label {wrong[0]:g} is not an integer: number the classes 0, 1, 2, ...")
-        if values[0] < 0:
-            raise DataError(f"{path}: the label {values[0]:g} is negative: number the classes 0, 1, 2, ...")
-        if float(values[-1]) >= 2**20:
-            raise DataError(f"{path}: the label {values[-1]:g} is too large: number the classes 0, 1, 2, ...")
-        found = np.union1d(found, values.astype(np.int64))
-    return found
+        for label, what in ((wrong[:1], "not an integer"), (values[values < 0], "negative"), (values[values.astype(float) >= 2**20], "too large")):  # fmt: skip
+            if len(label):
+                raise DataError(f"{path}: the label {label[0]:g} is {what}: number the classes 0, 1, 2, ...")
+        values = values.astype(np.int64)
+        counts = np.pad(counts, (0, max(0, values[-1] + 1 - len(counts))))
+        counts[values] += n
+    return counts
 
 
-def resolve_data_dir(data_dir: str | Path | None) -> Path:
-    """The folder of the four files: `data_dir`, else `$DDP_DATA_DIR`, else `/mnt/ddp/sample`."""
-    return Path(data_dir or os.environ.get("DDP_DATA_DIR") or DEFAULT_DATA_DIR)
+def mean_and_std(X: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column, (F,) float64 each, by one pass over the file.
+
+    The values are taken relative to the first row, which keeps the variance exact where the mean is large
+    (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983).
+    Raises `DataError` if a value is not finite in float32.
+    """
+    step = max(1, SCAN_BYTES // (4 * X.shape[1]))
+    sums = np.zeros((2, X.shape[1]))
+    with np.errstate(all="ignore"):
+        origin = X[0].astype(np.float32).astype(np.float64)
+        for i in range(0, len(X), step):
+            x = X[i : i + step].astype(np.float32) - origin
+            sums += x.sum(0), np.square(x, out=x).sum(0)
+    bad = np.flatnonzero(~np.isfinite(sums.sum(0)))
+    if len(bad):
+        others = f", as do {len(bad) - 1} other features" if len(bad) > 1 else ""
+        raise DataError(f"{path}: feature {bad[0]} holds a nan or an infinite value{others}: replace these values or leave their samples out")  # fmt: skip
+    mean, mean_square = sums / len(X)
+    return mean + origin, np.sqrt(np.maximum(mean_square - mean**2, 0))
+
+
+def warn_of_outliers(train_set: NpyDataset) -> None:
+    """Say so if a few values, far from all others, make the standard deviation of a feature."""
+    rows = train_set.X[:: max(1, len(train_set) // SAMPLE_ROWS)].astype(np.float32)
+    low, high = np.percentile(rows, (25, 75), axis=0)
+    times = np.divide(train_set.std.numpy(), high - low, out=np.zeros_like(low), where=high > low)
+    worst = times.argmax()
+    if times[worst] > FAR_OUT:
+        say(f"warning: {train_set.X_path}: the standard deviation of feature {worst} is {times[worst]:.0f} times the width of its middle half, so a few values far out set its scale: look for outliers, or clip them", sys.stderr)  # fmt: skip
 
 
 def load_split(data_dir: str | Path | None, split: str) -> NpyDataset:
-    """`X_{split}.npy` and `y_{split}.npy` of a folder (see `resolve_data_dir`); `split` is "train" or "val".
+    """`X_{split}.npy` and `y_{split}.npy`, where `split` is "train" or "val". Raises `DataError`.
 
-    Raises `DataError`.
+    The folder is `data_dir`, else `$DDP_DATA_DIR`, else `/mnt/ddp/sample`.
     """
-    folder = resolve_data_dir(data_dir)
+    folder = Path(data_dir or os.environ.get("DDP_DATA_DIR") or DEFAULT_DATA_DIR)
     if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise DataError(f"{folder}: there is no such folder: make sample data with 'python -m data_gen', or name another folder with --data-dir")  # fmt: skip
     return NpyDataset(folder / f"X_{split}.npy", folder / f"y_{split}.npy")
 
 
 def load_splits(data_dir: str | Path | None) -> tuple[NpyDataset, NpyDataset]:
-    """The training and the validation set of a folder. Raises `DataError`, also if they do not fit each other."""
+    """The training and the validation set of a folder (see `load_split`).
+
+    Warns of outliers in the training set. Raises `DataError`, also if the two do not fit each other.
+    """
     train_set, val_set = load_split(data_dir, "train"), load_split(data_dir, "val")
     if train_set.n_features != val_set.n_features:
-        raise DataError(
-            f"{val_set.X_path}: {val_set.n_features} features, but {train_set.X_path.name} has {train_set.n_features}: "
-            "give both the same features"
-        )
-    if len(train_set.classes) == 1:  # the loss would be 0 from the start, and nobody would notice
-        raise DataError(
-            f"{train_set.y_path}: every label is {train_set.classes[0]}, so there is nothing to learn: "
-            "give samples of at least two classes"
-        )
-    unseen = np.setdiff1d(val_set.classes, train_set.classes)
+        raise DataError(f"{val_set.X_path}: {val_set.n_features} features, but {train_set.X_path.name} has {train_set.n_features}: give both the same features")  # fmt: skip
+    if np.count_nonzero(train_set.class_counts) == 1:  # the loss would be 0 from the start, and nobody would notice
+        raise DataError(f"{train_set.y_path}: every label is {train_set.n_classes - 1}, so there is nothing to learn: give samples of at least two classes")  # fmt: skip
+    known = np.pad(train_set.class_counts, (0, max(0, val_set.n_classes - train_set.n_classes)))[: val_set.n_classes]
+    unseen = np.flatnonzero((val_set.class_counts > 0) & (known == 0))
     if len(unseen):
-        raise DataError(
-            f"{val_set.y_path}: the label {unseen[0]} is not in {train_set.y_path.name}: "
-            "add training samples of that class, or leave it out"
-        )
+        raise DataError(f"{val_set.y_path}: the label {unseen[0]} is not in {train_set.y_path.name}: add training samples of that class, or leave it out")  # fmt: skip
+    warn_of_outliers(train_set)
     return train_set, val_set
 
 
-def split_batch(batch_size: int, train_set: NpyDataset, world_size: int) -> int:
-    """The samples of a step that each of `world_size` ranks takes: an equal share of `batch_size`.
-
-    A batch larger than the training set is all of it. Raises `UserError` if the shares are not equal.
-    """
-    n = len(train_set)
-    if n < world_size:
-        raise DataError(f"{train_set.X_path}: {n} samples cannot be shared by {world_size} ranks: start at most {n}")
-    batch_size = min(batch_size, n)
-    if batch_size % world_size:
-        all_of_them = " (all samples)" if batch_size == n else ""
-        nearest = max(world_size, batch_size // world_size * world_size)
-        raise UserError(
-            f"--batch-size {batch_size}{all_of_them} does not divide among {world_size} ranks: use a multiple of "
-            f"{world_size}, such as {nearest}"
-        )
-    return batch_size // world_size
+def guessing_loss(train_set: NpyDataset, val_set: NpyDataset) -> float:
+    """The validation loss (nats) of always answering with the class frequencies of the training set."""
+    frequencies = train_set.class_counts[: val_set.n_classes] / len(train_set)
+    seen = val_set.class_counts > 0
+    return float(-(val_set.class_counts[seen] * np.log(frequencies[seen])).sum() / len(val_set))

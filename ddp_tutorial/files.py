@@ -1,9 +1,15 @@
 """Files that are on the disk whole, or not at all."""
 
+import io
 import os
 import stat
 from contextlib import suppress
 from pathlib import Path
+
+import torch
+from torch import nn
+
+from ddp_tutorial.console import UserError, reason
 
 
 def check_regular(path: Path) -> None:
@@ -31,3 +37,16 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def save_model(path: Path, model: nn.Module) -> None:
+    """Write `model`'s weights and buffers, for `model.load_state_dict(torch.load(path, weights_only=True))`.
+
+    Pass the plain model, so that no `module.` stands before the names. Raises `UserError`.
+    """
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    try:
+        write_atomically(path, buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"{path}: {reason(error)}: free the disk, or name another --out") from None

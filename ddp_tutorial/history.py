@@ -3,70 +3,85 @@
 import json
 import math
 import os
+import sys
+import time
 from pathlib import Path
 
 from torch import Tensor
 
-from ddp_tutorial.cli import UserError, reason
+from ddp_tutorial.console import UserError, reason, say
 from ddp_tutorial.files import check_regular, write_atomically
 
 NUMBERS = ("epoch", "train_loss", "val_loss", "val_accuracy", "seconds", "world_size")  # of a line
 
 
 class History:
-    """Writes the history of a run of `n_epochs` and prints every tenth part of it."""
+    """Writes the history of a run of `n_epochs` into the folder `out`, and prints every tenth part of it.
 
-    def __init__(self, path: Path, n_epochs: int, keep_epochs: int = 0):
-        """Start the file afresh, or with the lines of its first `keep_epochs` epochs. Raises `UserError`."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = read(path)[:keep_epochs] if keep_epochs and path.exists() else []
-            if len(kept) < keep_epochs or any(line["epoch"] != i for i, line in enumerate(kept, 1)):
-                raise UserError(
-                    f"{path}: has not the {keep_epochs} epochs of its checkpoint: put it back, or start without --resume"
-                )
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        except OSError as error:
-            raise UserError(f"--out {path.parent}: {reason(error)}: name a folder you can write to") from None
-        self.path, self.n_epochs = path, n_epochs
+    `chance` is the validation loss of guessing (see `data.guessing_loss`): a run that ends no better is told so.
+    """
 
-    def append(self, line: dict) -> None:
-        """Add an epoch, which has `NUMBERS`: a float or an int each. Raises `UserError`.
+    def __init__(self, out: Path, n_epochs: int, chance: float = math.inf, keep_epochs: int = 0):
+        """Make the folder. The file is written with its first line, and keeps those of `keep_epochs` epochs before.
 
-        The line is on the disk when this returns. Of a line that the disk has no room for, nothing stays.
+        Raises `UserError`, also if these lines are not there.
         """
+        self.path, self.n_epochs, self.chance = out / "history.jsonl", n_epochs, chance
+        self.kept, self.start = [], time.perf_counter()
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                end = file.tell()
-                try:
-                    if file.write(text := (json.dumps(line) + "\n").encode()) < len(text):
-                        raise OSError("the disk took half of a line")
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(end)
-                    raise
+            out.mkdir(parents=True, exist_ok=True)
+            if not os.access(out, os.W_OK | os.X_OK):
+                raise OSError("it cannot be written to")
+            if keep_epochs and self.path.exists():
+                self.kept = read(self.path)[:keep_epochs]
+        except OSError as error:
+            raise UserError(f"--out {out}: {reason(error)}: name a folder you can write to") from None
+        if [line["epoch"] for line in self.kept] != list(range(1, keep_epochs + 1)):
+            raise UserError(f"{self.path}: has not the {keep_epochs} epochs of its checkpoint: put it back, or start without --resume")  # fmt: skip
+        self.is_new = True
+
+    def append(self, epoch: int, sums: Tensor, val_sums: Tensor, world_size: int = 1) -> None:
+        """Add an epoch: its sums over all ranks, (2,) of `train_one_epoch` and (3,) of `evaluate`.
+
+        The line is on the disk when this returns. Raises `UserError`; then nothing of the line stays.
+        """
+        (train_loss, n_train), (val_loss, n_correct, n_val) = sums.tolist(), val_sums.tolist()
+        line = {"epoch": epoch, "train_loss": train_loss / n_train, "val_loss": val_loss / n_val}
+        now = time.perf_counter()
+        line |= {"val_accuracy": n_correct / n_val, "seconds": now - self.start, "world_size": world_size}
+        self.start = now
+        try:
+            self._write(line)
         except OSError as error:
             raise UserError(f"{self.path}: {reason(error)}: free the disk, or name another --out") from None
-        if line["epoch"] in (1, self.n_epochs) or line["epoch"] % max(1, self.n_epochs // 10) == 0:
+        if epoch in (1, self.n_epochs) or epoch % max(1, self.n_epochs // 10) == 0:
             text = "epoch {epoch:3}  train loss {train_loss:.4f}  validation loss {val_loss:.4f}  accuracy {val_accuracy:.4f}"
             print(text.format(**line), flush=True)
+        if epoch == self.n_epochs and line["val_loss"] > 0.99 * self.chance:
+            say(f"warning: a validation loss of {line['val_loss']:.4f} is no better than guessing ({self.chance:.4f}): look for outliers in X, labels that belong to other rows, or too few steps", sys.stderr)  # fmt: skip
+
+    def _write(self, line: dict) -> None:
+        if self.is_new:
+            text = "".join(json.dumps(each) + "\n" for each in (*self.kept, line))
+            write_atomically(self.path, text.encode())
+            self.is_new = False
+            return
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(text := (json.dumps(line) + "\n").encode()) < len(text):
+                    raise OSError("the disk took half of a line")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
 
 
-def epoch_line(epoch: int, table: Tensor, batch_size: int, seconds: float) -> dict:
-    """The line of an epoch, from `table`, (ranks, 5) float64.
-
-    A row holds a rank's sums: `train_one_epoch`'s two, then `evaluate`'s three. They are added first and
-    divided then, so that the means are exact however the samples are shared. Raises `UserError` if a loss
-    is not finite; `batch_size`, a rank's, tells the step.
-    """
-    train_loss, n_train, val_loss, n_correct, n_val = table.sum(dim=0).tolist()
-    if not math.isfinite(train_loss + val_loss):
-        where = f"epoch {epoch}"
-        if not math.isfinite(train_loss):
-            where += f", step {round(table[:, 1].min().item()) // batch_size + 1}"
+def check_finite(epoch: int, sums: Tensor, step: int | None = None) -> None:
+    """Raise `UserError` if one of the summed losses is not finite; `step` is the first such step, if known."""
+    if not sums.isfinite().all():
+        where = f"epoch {epoch}" + (f", step {step}" if step else "")
         raise UserError(f"{where}: the loss is not finite, most likely because steps are too large: use a smaller --lr")
-    means = {"train_loss": train_loss / n_train, "val_loss": val_loss / n_val, "val_accuracy": n_correct / n_val}
-    return {"epoch": epoch} | means | {"seconds": seconds, "world_size": len(table)}
 
 
 def read(path: str | Path) -> list[dict]:

@@ -15,20 +15,16 @@ class SimpleModel(nn.Module):
         """Log-probabilities (B, C) of features x (B, F) float32."""
         return self.linear(x).log_softmax(dim=1)
 
-    def probabilities(self, x: Tensor) -> Tensor:
-        """The softmax itself: (B, C), each row adds up to 1."""
-        return self(x).exp()
-
 
 class Standardize(nn.Module):
     """Brings raw features to one scale: x -> (x - mean) / (std * sqrt(F)). Nothing in it is trained.
 
-    `mean` and `std` (F,) are those of the training set. They are buffers, so a checkpoint holds them
-    and raw arrays can be fed to the loaded model.
+    `mean` and `std` (F,) are those of the training set. They are buffers, so a saved model holds them
+    and takes raw arrays.
 
     Afterwards a sample's mean squared length is at most 1, so no curvature of the mean negative
-    log-likelihood of a linear layer and a softmax exceeds 1/2, whatever the data, and one learning rate
-    suits all files (the bound: Boehning, "Multinomial logistic regression algorithm", 1992).
+    log-likelihood of a linear layer and a softmax exceeds 1/2, whatever the data, and steps of one size
+    are stable for all files (the bound: Boehning, "Multinomial logistic regression algorithm", 1992).
     """
 
     def __init__(self, mean: Tensor, std: Tensor):

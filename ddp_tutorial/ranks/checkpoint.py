@@ -6,45 +6,21 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ddp_tutorial.cli import UserError, reason, say
+from ddp_tutorial.console import UserError, reason, say
 from ddp_tutorial.files import check_regular, write_atomically
 
 CHECKSUM = hashlib.sha256  # torch.load does not look at the checksums that its zip archive has
 CHECKSUM_SIZE = CHECKSUM().digest_size  # bytes, at the end of the file, which torch.load overlooks
+NO_SUMS = torch.zeros(2, dtype=torch.float64)  # of an epoch that has not begun
 UNNAMED = "none"  # torchrun's own word for a launch without a name
 
 
 class CheckpointError(UserError):
     """A checkpoint cannot be read, written or used."""
-
-
-class Progress(NamedTuple):
-    """How far a run has come.
-
-    `epoch` counts the epochs that are finished. `sums` is for an epoch that was stopped on its way: what
-    `train_one_epoch` has returned on each rank, (ranks, 2) float64; else None.
-    """
-
-    epoch: int = 0
-    sums: Tensor | None = None
-
-    @property
-    def n_samples(self) -> int:
-        """How many samples of the next epoch the ranks together have trained on."""
-        return 0 if self.sums is None else round(self.sums[:, 1].sum().item())
-
-    def sums_of(self, rank: int, world_size: int) -> list[float]:
-        """What `train_one_epoch` on `rank` is to start the next epoch with."""
-        if self.sums is None:
-            return [0.0, 0.0]
-        if len(self.sums) == world_size:
-            return self.sums[rank].tolist()
-        return (self.sums.sum(dim=0) * (rank == 0)).tolist()  # another number of ranks: the first takes it all
 
 
 def launch() -> str:
@@ -77,8 +53,9 @@ def save(
 ) -> None:
     """Write everything that training needs to go on, and a checksum; keep the old file as `previous(path)`.
 
-    `epoch` and `sums` are those of `Progress`; `settings` maps the names of what a resumed run must
-    not change to plain values. Pass the plain model, so that no `module.` stands before the names.
+    `epoch` counts the finished epochs; `sums`, (2,) float64, are the sums over all ranks of what `train_one_epoch`
+    has returned in the next one, if that has begun. `settings` maps the names of what a resumed run must not change to
+    plain values. Pass the plain model, so that no `module.` stands before the names.
     Of the random numbers it keeps the CPU's; nothing here draws any on a GPU.
     Raises `CheckpointError`, also where a weight is not finite.
     """
@@ -86,7 +63,7 @@ def save(
         raise CheckpointError(f"{path}: not written, for a weight is not finite: use a smaller --lr")
     state = {
         "epoch": epoch,
-        "sums": sums,
+        "sums": NO_SUMS if sums is None else sums,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
@@ -130,8 +107,8 @@ def check_state(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer)
     epoch, sums = state["epoch"], state["sums"]
     if type(epoch) is not int or epoch < 0:
         raise ValueError(f"its epoch is {epoch!r}")
-    if sums is not None and (outline(sums) != outline(torch.zeros(len(sums), 2).double()) or not sums.isfinite().all()):
-        raise ValueError("its sums are not those of ranks")
+    if outline(sums) != outline(NO_SUMS) or not sums.isfinite().all() or not 0 <= sums[1] < 2**53:
+        raise ValueError("its sums are not those of an epoch")
     if outline(state["model"]) != outline(model.state_dict()):
         raise ValueError("its weights are of other types")
     groups, values_of = map(dict(state["optimizer"]).get, ("param_groups", "state"))
@@ -198,14 +175,14 @@ def find(path: Path, resume: bool, restarted: bool) -> tuple[Path, dict] | None:
 
 def restore(
     found: tuple[Path, dict] | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None = None
-) -> Progress:
+) -> tuple[int, Tensor]:
     """Put a state that `find` or `read` has found, if any, into `model`, `optimizer` and torch's random numbers.
 
-    Raises `CheckpointError`, which names what differs, if it was made with other `settings`, another
+    Returns `epoch` and `sums`, as `save` got them. Raises `CheckpointError`, which names what differs, if it was made with other `settings`, another
     model or another optimizer.
     """
     if found is None:
-        return Progress()
+        return 0, NO_SUMS
     file, state = found
     try:
         was, now = state["settings"], describe(model, optimizer, settings)
@@ -216,16 +193,14 @@ def restore(
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
-            done = Progress(state["epoch"], state["sums"])
-            say(
-                f"{file}: going on after epoch {done.epoch}" + f" and {done.n_samples:,} samples" * (done.n_samples > 0)
-            )
-            return done
+            epoch, sums = state["epoch"], state["sums"]
+            say(f"{file}: going on after epoch {epoch}" + f" and {sums[1]:,.0f} samples" * bool(sums[1]))
+            return epoch, sums
     except Exception as error:  # a whole file of something else
         differs = [f"something else ({reason(error)})"]
     raise CheckpointError(f"{file}: made with {differs[0]}: resume with the same, or start without --resume")
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None = None) -> Progress:
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None = None) -> tuple[int, Tensor]:
     """What a run in one process does to resume: `find` and `restore`. Raises `CheckpointError`."""
     return restore(find(path, resume=True, restarted=False), model, optimizer, settings)

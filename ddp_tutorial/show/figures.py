@@ -39,16 +39,19 @@ def use_style() -> None:
 def loss_curves(
     curves: Mapping[str, Sequence[float]],
     title: str,
-    floor: float | None = None,
+    floors: Mapping[str, float] | None = None,
     ylabel: str = "validation loss (nats)",
 ) -> Figure:
-    """Losses against the epoch, from 1 on. Equal curves stay visible: the first is broad, the later ones dashed."""
+    """Losses against the epoch, from 1 on. Equal curves stay visible: the first is broad, the later ones dashed.
+
+    `floors` has, for some of the curves, the loss of the true probabilities on the same samples.
+    """
     figure, ax = plt.subplots()
     styles = ({"lw": 7, "alpha": 0.35}, {"lw": 3}, {"lw": 2, "ls": (0, (4, 3))}, {"lw": 1.5, "ls": ":"})
     for (label, losses), style, color in zip(curves.items(), styles[len(curves) < 3 :], COLORS, strict=False):
         ax.plot(range(1, len(losses) + 1), losses, color=color, label=label, **style)
-    if floor is not None:
-        ax.axhline(floor, color="#555555", lw=1.2, ls="-.", label=f"Bayes floor: {floor:.4f}")
+        if floor := (floors or {}).get(label):
+            ax.axhline(floor, color=color, lw=1.2, ls=(0, (6, 2, 1, 2)), label=f"floor of {label}: {floor:.4f}")
     ax.set(title=title, xlabel="epoch", ylabel=ylabel)
     ax.legend(loc="upper right")
     return figure

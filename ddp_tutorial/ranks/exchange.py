@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 SMALL_BYTES = 2**18  # well below the size from which the ring is faster, also where links are slower than memory
 FEW_RANKS = 8  # the first rank serves the others one after the other
@@ -65,3 +66,16 @@ def average_gradients(group: dist.ProcessGroup | None, bucket: dist.GradBucket) 
     done = Future()
     done.set_result(through_first_rank(gradients, lambda rows: rows.mean(dim=0), out=gradients))
     return done
+
+
+def prepare_exchange(model: nn.Module, x: Tensor) -> None:
+    """Send few gradients the short way, where `model` is wrapped, and settle the order in which DDP sends them.
+
+    DDP orders gradients anew after its first backward pass. Done now, on any input `x`, a run that goes on from a
+    checkpoint adds in the same order as one that was never stopped.
+    """
+    if isinstance(model, DistributedDataParallel):
+        if dist.get_backend() == "gloo":
+            model.register_comm_hook(None, average_gradients)
+        model(x).sum().backward()
+        model.zero_grad()

@@ -17,7 +17,7 @@ from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ddp_tutorial import plotting
+from ddp_tutorial.show import figures
 
 
 def setup() -> None:
@@ -30,7 +30,7 @@ def setup() -> None:
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    plotting.use_style()
+    figures.use_style()
     small_pictures()
 
 
@@ -48,9 +48,10 @@ def sample_data(kind: str = "gaussian") -> Path:
     return folder
 
 
-def source(thing) -> Markdown:
-    """The source of a class or function of the package, as the cell's output."""
-    return Markdown(f"```python\n{textwrap.dedent(inspect.getsource(thing)).strip()}\n```")
+def source(*things) -> Markdown:
+    """The source of classes and functions of the package, as the cell's output."""
+    texts = [textwrap.dedent(inspect.getsource(thing)).strip() for thing in things]
+    return Markdown("```python\n" + "\n\n\n".join(texts) + "\n```")
 
 
 def fewer_colors(png: bytes, n: int) -> bytes:

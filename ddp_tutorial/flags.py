@@ -1,0 +1,89 @@
+"""The command line of the three scripts."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ddp_tutorial.console import UserError, is_first_rank
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Raises `UserError` for a bad command line instead of leaving; of several ranks, the first prints the help."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message}: see --help")
+
+    def print_help(self, file=None) -> None:
+        if is_first_rank():
+            super().print_help(file)
+
+
+def positive_int(text: str) -> int:
+    """An argparse type."""
+    if not (text.isdecimal() and 0 < int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """An argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e38:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 that float32 can hold")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argparse type: what `torch.manual_seed` takes, and the numbers of a run's epochs can be added to."""
+    if not (text.isdecimal() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
+def make_parser(description: str) -> ArgumentParser:
+    """The flags that all scripts have, for a script whose docstring is `description`."""
+    parser = ArgumentParser(description=description.splitlines()[0])
+    add = parser.add_argument
+    add("--data-dir", help="folder of the four files; else $DDP_DATA_DIR, else /mnt/ddp/sample")
+    add("--out", type=Path, default=Path("runs/ddp_sample"), help="folder for the results (%(default)s)")
+    add("--epochs", type=positive_int, default=100, help="passes over the training set (%(default)s)")
+    add("--batch-size", type=positive_int, default=256, help="samples of a step, over all ranks (%(default)s)")
+    add("--lr", type=positive_float, default=1.0, help="learning rate (%(default)s)")
+    add("--seed", type=seed, default=0, help="of weights and shuffling (%(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (%(default)s)")
+    return parser
+
+
+def parse(description: str, n_gpus: int = 1, parser: ArgumentParser | None = None) -> argparse.Namespace:
+    """The flags, and `use_gpu`: whether `--device` and the `n_gpus` that are needed here say so.
+
+    Raises `UserError`.
+    """
+    args = (parser or make_parser(description)).parse_args()
+    n_found = torch.cuda.device_count()
+    if args.device == "cuda" and n_found < n_gpus:
+        raise UserError(f"--device cuda: {n_gpus} GPUs needed, {n_found} found: use --device auto")
+    args.use_gpu = args.device != "cpu" and n_found >= n_gpus
+    return args
+
+
+def split_batch(batch_size: int, n_samples: int, world_size: int = 1) -> int:
+    """The samples of a step that each of `world_size` ranks takes: an equal share of `batch_size`.
+
+    A batch larger than the training set of `n_samples` is all of it. Raises `UserError` if the shares are not equal.
+    """
+    if n_samples < world_size:
+        raise UserError(f"X_train.npy: {n_samples} samples cannot be shared by {world_size} ranks: start at most {n_samples}")  # fmt: skip
+    all_of_them = " (all samples)" if batch_size >= n_samples else ""
+    batch_size = min(batch_size, n_samples)
+    if batch_size % world_size:
+        nearest = max(world_size, batch_size // world_size * world_size)
+        raise UserError(f"--batch-size {batch_size}{all_of_them} does not divide among {world_size} ranks: use a multiple of {world_size}, such as {nearest}")  # fmt: skip
+    return batch_size // world_size

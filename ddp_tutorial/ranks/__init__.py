@@ -1,0 +1,22 @@
+"""What ranks do together to survive: meet, agree on mistakes, stop, go on. Chapter 7 shows each part with its source.
+
+Of the package, only this folder imports `torch.distributed`.
+"""
+
+from ddp_tutorial.ranks.exchange import prepare_exchange
+from ddp_tutorial.ranks.failure import fail_together, report_errors
+from ddp_tutorial.ranks.launch import check_environment, check_flags, meeting, parse
+from ddp_tutorial.ranks.run import ResumableSampler, Run, settings
+
+__all__ = [
+    "ResumableSampler",
+    "Run",
+    "check_environment",
+    "check_flags",
+    "fail_together",
+    "meeting",
+    "parse",
+    "prepare_exchange",
+    "report_errors",
+    "settings",
+]
