@@ -13,8 +13,8 @@ import torch.distributed.nn.functional  # before the group starts, or gloo's thr
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_tutorial import exchange
 from ddp_tutorial.model import SimpleModel, Standardize
+from ddp_tutorial.ranks import exchange
 from ddp_tutorial.training import train_one_epoch
 
 

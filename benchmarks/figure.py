@@ -1,35 +1,45 @@
 """The figure that the README shows."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from benchmarks.sections import OURS
-from ddp_tutorial import plotting
+from ddp_tutorial.show import figures
+
+DATASETS = {"per sample": "a tensor per sample", "TensorDataset": "TensorDataset: an index per sample"}  # else a gather
+GATHER = "a gather per batch, as the script"
+STYLES = {GATHER: {"color": figures.COLORS[2]}}
+STYLES |= dict(
+    zip(DATASETS.values(), ({"color": figures.COLORS[0]}, {"color": figures.COLORS[1], "hatch": "//"}), strict=True)
+)
+
+
+def dataset_of(program: str) -> str:
+    """How a program of `sections.PEERS` gets its batches, by its name."""
+    return next((how for end, how in DATASETS.items() if program.endswith(end)), GATHER)
 
 
 def peers(rows: list[dict]) -> Figure:
-    """How many times as long as ours each program takes for an epoch: on one process, and on the most ranks."""
-    plotting.use_style()
-    rows = [row for row in rows if row["features"] == 20 and row["by"] != OURS]
-    counts = sorted({row["ranks"] for row in rows})
-    counts = [counts[0], counts[-1]]
-    names = [row["by"] for row in rows if row["ranks"] == counts[-1]]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.9 + 0.36 * len(names)), sharey=True)
-    for ax, n_ranks in zip(axes, counts, strict=True):
-        ratios = {row["by"]: row["epoch, times ours"] for row in rows if row["ranks"] == n_ranks}
-        median, low, high = np.array([ratios[name] for name in names]).T
-        colors = [plotting.COLORS[1 if "our Dataset" in name or "limit" in name else 0] for name in names]
-        ax.barh(names, median, xerr=(median - low, high - median), color=colors, height=0.6, ecolor="#333333")
-        for i, value in enumerate(median):
-            ax.text(high[i] + 0.02 * high.max(), i, f"{value:.1f}", va="center")
-        ax.axvline(1, color="#333333", lw=1.2, ls="--")
-        ax.set(
-            title="one process" if n_ranks == 1 else f"{n_ranks} ranks, gloo",
-            xlabel="time of an epoch, times ddp_sample.py's",
-        )
-        ax.set_xlim(0, 1.15 * high.max())
-        ax.grid(axis="y", visible=False)
-    axes[0].invert_yaxis()
-    figure.suptitle("A gather per batch and a short way for few numbers: the script beside its peers")
+    """How many times as long as the script each program takes for an epoch on one process."""
+    figures.use_style()
+    ratios = {row["by"]: row["epoch, times ours"] for row in rows if (row["features"], row["ranks"]) == (20, 1)}
+    del ratios[OURS]
+    names = sorted(ratios, key=lambda name: ratios[name][0])
+    figure, ax = plt.subplots(figsize=(9, 1.4 + 0.36 * len(names)))
+    for y, name in enumerate(names):
+        median, low, high = ratios[name]
+        style = {"edgecolor": "white", "ecolor": "#333333", "height": 0.65} | STYLES[dataset_of(name)]
+        ax.barh(y, median, xerr=[[median - low], [high - median]], **style)
+        ax.text(high + 0.1, y, f"{median:.1f}", va="center")
+    ax.axvline(1, color="#333333", lw=1.2, ls="--")
+    ax.text(1, -0.75, f" {OURS} = 1", va="center", size=9)
+    slow = [ratios[name][0] for name in names if "per sample" in name]
+    title = f"Fetched sample by sample, batches take {min(slow):.0f} to {max(slow):.0f} times as long, whoever wrote the loop"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
+    ax.set(xlabel="time of an epoch on one process, in times of the script's (median; lines: lowest to highest)")
+    ax.set_yticks(range(len(names)), [name.removesuffix(", our Dataset") for name in names])
+    ax.set(xlim=(0, 1.12 * max(high for *_, high in ratios.values())), ylim=(len(names) - 0.4, -1.1))
+    ax.grid(axis="y", visible=False)
+    ax.legend(handles=[Patch(label=how, **style) for how, style in STYLES.items()], loc="upper right")
     return figure

@@ -20,16 +20,17 @@ from benchmarks import launch
 from benchmarks.launch import Ratio, Run
 from benchmarks.peers import PerSampleDataset
 from data_gen.__main__ import main as data_gen
-from ddp_tutorial.data import NpyDataset, batches, indices
+from ddp_tutorial.data import NpyDataset
 from ddp_tutorial.model import SimpleModel, Standardize
-from ddp_tutorial.script import write_script
-from ddp_tutorial.timing import seconds, take_turns
+from ddp_tutorial.show.timing import seconds, take_turns
 from ddp_tutorial.training import train_one_epoch
 
-OURS = "ddp_sample.py"
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+OURS, RESILIENT = "ddp_sample.py", "ddp_resilient.py"
 SLOWEST = "hand-written, per sample"
 TOLERANCE = 0.03  # of the validation loss: every program shuffles in its own way
 PEERS = {
+    RESILIENT: (),
     "bare loop in memory (the limit)": ("limit",),
     SLOWEST: ("hand_written", "per-sample"),
     "hand-written, TensorDataset": ("hand_written", "tensor"),
@@ -58,11 +59,6 @@ class Plan(NamedTuple):
                 raise RuntimeError(f"no data in {out}")
         return out
 
-    def script(self) -> Path:
-        path = self.folder / OURS
-        write_script(path, force=True)
-        return path
-
 
 def data_path(plan: Plan) -> list[dict]:
     """Samples per second of an epoch's batches, beside the limit: gathers from memory by a loop over indices."""
@@ -78,8 +74,8 @@ def data_path(plan: Plan) -> list[dict]:
                 pass
 
         def as_the_script(batch_size, dataset=ours):
-            parts = batches(indices(DistributedSampler(dataset, 1, 0, drop_last=True)), batch_size)
-            for _ in DataLoader(dataset, batch_sampler=parts, collate_fn=NpyDataset.collate):
+            sampler = DistributedSampler(dataset, 1, 0, drop_last=True)
+            for _ in DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, collate_fn=NpyDataset.collate):
                 pass
 
         def limit(batch_size, X=X, y=y):
@@ -169,15 +165,17 @@ def step(plan: Plan) -> list[dict]:
     ]
 
 
-def program(plan: Plan, peer: str) -> list:
-    if peer == OURS:
-        return [plan.script()]
+def program(peer: str) -> list:
+    if peer in (OURS, RESILIENT):
+        return [NOTEBOOKS / peer]
     module, *dataset = PEERS[peer]
     return ["-m", f"benchmarks.peers.{module}", *(word for kind in dataset for word in ("--dataset", kind))]
 
 
 def installed(peer: str) -> bool:
-    return peer == OURS or not PEERS[peer][0].startswith("with_") or has(PEERS[peer][0].removeprefix("with_"))
+    return (
+        peer in (OURS, RESILIENT) or not PEERS[peer][0].startswith("with_") or has(PEERS[peer][0].removeprefix("with_"))
+    )
 
 
 def has(package: str) -> bool:
@@ -189,7 +187,7 @@ def has(package: str) -> bool:
 def compare(plan: Plan, peers: list[str], n_ranks: int, data: Path, rounds: int, **flags) -> list[dict]:
     """Train with each program, in turns; assert that they end in one loss; ratios to ours."""
     runs: dict[str, list[Run]] = take_turns(
-        {peer: lambda p=peer: launch.run(n_ranks, program(plan, p), data, **flags) for peer in [OURS, *peers]}, rounds
+        {peer: lambda p=peer: launch.run(n_ranks, program(p), data, **flags) for peer in [OURS, *peers]}, rounds
     )
     n_classes = len(np.unique(np.load(data / "y_train.npy")))
     target = runs[OURS][0].val_loss
@@ -212,12 +210,8 @@ def compare(plan: Plan, peers: list[str], n_ranks: int, data: Path, rounds: int,
     ]
 
 
-def training(plan: Plan) -> list[dict]:
-    """Epochs and whole runs of the script and its peers: the same files, global batch, epochs, ranks."""
-    if plan.quick:
-        cases = [(20, 2048, 1, 10, 1), (20, 2048, 2, 10, 1)]
-    else:
-        cases = [(20, 40_960, 1, 5, 3), (784, 16_384, 1, 5, 3), (20, 20_480, 2, 4, 3), (20, 20_480, 4, 3, 3)]
+def train_all(plan: Plan, cases: list[tuple[int, int, int, int, int]]) -> list[dict]:
+    """`compare` for each of the cases: features, samples, ranks, epochs, rounds."""
     rows = []
     for n_features, n, n_ranks, epochs, rounds in cases:
         peers = [peer for peer in PEERS if installed(peer)]
@@ -227,6 +221,16 @@ def training(plan: Plan) -> list[dict]:
         for row in compare(plan, peers, n_ranks, plan.data(n_features, n), rounds, **flags):
             rows.append({"features": n_features, "ranks": n_ranks, "epochs": epochs} | row)
     return rows
+
+
+def training(plan: Plan) -> list[dict]:
+    """Epochs and whole runs of the script and its peers on one process: the same files, batch and epochs."""
+    return train_all(plan, [(20, 2048, 1, 10, 1)] if plan.quick else [(20, 40_960, 1, 5, 3), (784, 16_384, 1, 5, 3)])
+
+
+def ranks(plan: Plan) -> list[dict]:
+    """The same on two and four ranks, with the same global batch."""
+    return train_all(plan, [(20, 2048, 2, 10, 1)] if plan.quick else [(20, 20_480, 2, 4, 3), (20, 20_480, 4, 3, 3)])
 
 
 def whole(plan: Plan) -> list[dict]:
@@ -247,7 +251,7 @@ def startup(plan: Plan) -> list[dict]:
         found = []
         for _ in range(1 if plan.quick else 5):
             with tempfile.TemporaryDirectory() as folder:
-                words = [Path(__file__).with_name("startup_probe.py"), folder, plan.script(), "--data-dir", data]
+                words = [Path(__file__).with_name("startup_probe.py"), folder, NOTEBOOKS / OURS, "--data-dir", data]
                 started = {"STARTED": str(time.clock_gettime(time.CLOCK_BOOTTIME))}
                 launch.call(launch.command(n_ranks, [*words, "--out", folder]), started)
                 ranks = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
@@ -289,7 +293,7 @@ def memory(plan: Plan) -> list[dict]:
     rows = []
     for peer, data in ((OURS, little), (OURS, much), ("hand-written, TensorDataset", much)):
         size = (data / "X_train.npy").stat().st_size
-        used = launch.run(n_ranks, program(plan, peer), data, epochs=1, batch_size=4096, lr=0.1).pss
+        used = launch.run(n_ranks, program(peer), data, epochs=1, batch_size=4096, lr=0.1).pss
         row = {"ranks": n_ranks, "X, MB": round(size / 1e6), "by": peer}
         rows.append(row | {"PSS MB a rank": round(used / 1e6), "PSS MB, all": round(n_ranks * used / 1e6)})
     return rows
@@ -301,13 +305,10 @@ def growth(plan: Plan) -> list[dict]:
     cases = [(10_000, 1), (10_000, 2)] if plan.quick else [(10**k, 1) for k in (4, 5, 6, 7)] + [(10**6, 2), (10**6, 4)]
     for n, n_ranks in cases:
         data = plan.data(20, n)
-        run = launch.run(n_ranks, [plan.script()], data, epochs=2, batch_size=1024, lr=0.1)
-        sampler = DistributedSampler(range(n), n_ranks, 0, drop_last=True)
-        order = [min(seconds(lambda: f(sampler)) for _ in range(2)) for f in (indices, list)]  # noqa: B023
+        run = launch.run(n_ranks, [NOTEBOOKS / OURS], data, epochs=2, batch_size=1024, lr=0.1)
         rows.append(
             {"samples": n, "ranks": n_ranks, "epoch s": round(run.epochs[1], 3)}
             | {"us a step": round(1e6 * run.epochs[1] / (n // 1024), 1), "PSS MB a rank": round(run.pss / 1e6)}
-            | {"order ms": round(1e3 * order[0], 2), "order as a list, ms": round(1e3 * order[1], 2)}
         )
     return rows
 
@@ -319,10 +320,10 @@ def gpu(plan: Plan) -> list[dict]:
     rows = []
     for n_features, n in ((20, 40_960), (784, 16_384)):
         data, flags = plan.data(n_features, n), {"epochs": 5, "batch_size": 1024, "lr": 0.1}
-        loop = [*program(plan, "bare loop in memory (the limit)"), "--device", "cuda"]
+        loop = [*program("bare loop in memory (the limit)"), "--device", "cuda"]
         runs = take_turns(
             {
-                OURS: lambda d=data, f=flags: launch.run(1, [plan.script(), "--device", "cuda"], d, **f),
+                OURS: lambda d=data, f=flags: launch.run(1, [NOTEBOOKS / OURS, "--device", "cuda"], d, **f),
                 "data on the device": lambda d=data, f=flags, w=loop: launch.run(1, w, d, **f),
             },
             1 if plan.quick else 5,
@@ -340,6 +341,7 @@ SECTIONS = {
     "exchange": exchange,
     "startup": startup,
     "training": training,
+    "ranks": ranks,
     "whole": whole,
     "memory": memory,
     "growth": growth,

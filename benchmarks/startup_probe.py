@@ -54,12 +54,12 @@ def leave() -> None:
 
 if __name__ == "__main__":
     folder, *sys.argv = sys.argv[1:]
-    from ddp_tutorial import cli
+    from ddp_tutorial import flags
 
-    timed(cli, "parse_args", "other imports", "other imports")
-    timed(dist, "init_process_group", "the ranks meet", "the ranks meet")
-    timed(torch.optim.SGD, "__init__", "look at the data", "optimizer (imports dynamo)")
-    timed(torch.nn.parallel.DistributedDataParallel, "__init__", "checkpoint, history", "wrap in DDP")
+    timed(flags, "parse", "other imports", "other imports")
+    timed(dist, "init_process_group", "look at the data", "the ranks meet")
+    timed(torch.nn.parallel.DistributedDataParallel, "__init__", "sampler, model", "wrap in DDP")
+    timed(torch.optim.SGD, "__init__", "sampler, model", "optimizer (imports dynamo, unless DDP has)")
     step = torch.optim.SGD.step
     torch.optim.SGD.step = lambda *args, **options: (step(*args, **options), leave())
     runpy.run_path(sys.argv[0], run_name="__main__")

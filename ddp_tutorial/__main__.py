@@ -55,8 +55,9 @@ def main() -> int:
     figures.use_style()
     curves = {"training": [e["train_loss"] for e in epochs], "validation": [e["val_loss"] for e in epochs]}
     floors = {split: bayes[key]["cross_entropy_nats"] for split, key in (("training", "train"), ("validation", "val"))}
-    title = f"On {args.ranks} ranks each loss comes down to its floor"
-    figures.loss_curves(curves, title, floors, ylabel="loss (nats)").savefig(results / "losses.png", dpi=150)
+    gap = max(abs(losses[-1] - floors[split]) for split, losses in curves.items())
+    title = f"On {args.ranks} ranks each loss ends within {gap:.3f} nats of its floor"
+    figures.loss_curves(curves, floors, title).savefig(results / "losses.png", dpi=150)
     jupyter = "jupyter" if "VIRTUAL_ENV" in os.environ else Path(sys.executable).with_name("jupyter")
     print(f"""
 3. Look

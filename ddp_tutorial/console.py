@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -34,7 +34,7 @@ def reason(error: Exception) -> str:
 
 def is_first_rank() -> bool:
     """Whether this process speaks: of several ranks, only the first does."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0").lstrip("0") == ""  # "00" is 0 as well
 
 
 def say(text: str, file: TextIO | None = None) -> None:
@@ -53,6 +53,14 @@ def report(mistake: UserError) -> None:
     print(f"{Path(sys.argv[0]).name}: {mistake.kind}: {mistake}", file=sys.stderr, flush=True)
 
 
+def leave(code: int) -> NoReturn:
+    """End the program. A rank ends at once: gloo's threads abort the shutdown of one whose group is still there."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a `UserError` ends the program with one line and the error's exit code.
 
@@ -61,14 +69,16 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+    except KeyboardInterrupt:
+        leave(130)  # what shells give a program that Ctrl-C has ended
     except UserError as mistake:
-        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        code, by_torchrun = mistake.code, "TORCHELASTIC_RUN_ID" in os.environ
         if by_torchrun:
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(mistake.code))
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         if is_first_rank():
             report(mistake)
             time.sleep(2 * by_torchrun)
         elif by_torchrun:
             time.sleep(PATIENCE)
             report(mistake)  # the first rank has not found it: its machine has other files
-        sys.exit(mistake.code)
+        leave(code)

@@ -142,7 +142,7 @@ def mean_and_std(X: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
         for i in range(0, len(X), step):
             x = X[i : i + step].astype(np.float32) - origin
             sums += x.sum(0), np.square(x, out=x).sum(0)
-    bad = np.flatnonzero(~np.isfinite(sums.sum(0)))
+    bad = np.flatnonzero(~np.isfinite(sums).all(0))
     if len(bad):
         others = f", as do {len(bad) - 1} other features" if len(bad) > 1 else ""
         raise DataError(f"{path}: feature {bad[0]} holds a nan or an infinite value{others}: replace these values or leave their samples out")  # fmt: skip

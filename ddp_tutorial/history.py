@@ -18,7 +18,7 @@ NUMBERS = ("epoch", "train_loss", "val_loss", "val_accuracy", "seconds", "world_
 class History:
     """Writes the history of a run of `n_epochs` into the folder `out`, and prints every tenth part of it.
 
-    `chance` is the validation loss of guessing (see `data.guessing_loss`): a run that ends no better is told so.
+    `chance` is the validation loss of guessing (see `data.guessing_loss`): a run that ends hardly better is told so.
     """
 
     def __init__(self, out: Path, n_epochs: int, chance: float = math.inf, keep_epochs: int = 0):
@@ -57,8 +57,8 @@ class History:
         if epoch in (1, self.n_epochs) or epoch % max(1, self.n_epochs // 10) == 0:
             text = "epoch {epoch:3}  train loss {train_loss:.4f}  validation loss {val_loss:.4f}  accuracy {val_accuracy:.4f}"
             print(text.format(**line), flush=True)
-        if epoch == self.n_epochs and line["val_loss"] > 0.99 * self.chance:
-            say(f"warning: a validation loss of {line['val_loss']:.4f} is no better than guessing ({self.chance:.4f}): look for outliers in X, labels that belong to other rows, or too few steps", sys.stderr)  # fmt: skip
+        if epoch == self.n_epochs and line["val_loss"] > 0.98 * self.chance:
+            say(f"warning: a validation loss of {line['val_loss']:.4f} is hardly better than guessing ({self.chance:.4f}): look for outliers in X, labels that belong to other rows, or too few steps", sys.stderr)  # fmt: skip
 
     def _write(self, line: dict) -> None:
         if self.is_new:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist  # DDP: process groups and collectives
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel  # DDP: averages the gradients over the ranks
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader  # survive: `ranks` has the sampler
 
 from ddp_tutorial import console, flags, ranks  # survive: what ranks do together
 from ddp_tutorial.data import NpyDataset, guessing_loss, load_splits
@@ -53,20 +53,21 @@ def train(args, device):  # survive: the ranks have met, so that they can agree 
     torch.manual_seed(args.seed)
     scale = Standardize(train_set.mean, train_set.std).to(device)
     model = SimpleModel(train_set.n_features, train_set.n_classes).to(device)
+    ddp_model = DistributedDataParallel(model) if distributed else model  # DDP: the wrap
+    ranks.prepare_exchange(ddp_model, torch.zeros(1, train_set.n_features, device=device))  # survive: a short way
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     settings = ranks.settings(args, train_set, val_set)  # survive: what a run that goes on must not change
     whole = nn.Sequential(scale, model)  # survive: what a checkpoint holds
     run = ranks.Run(args, whole, optimizer, sampler, settings, guessing_loss(train_set, val_set))  # survive: loads it
-    ddp_model = DistributedDataParallel(model) if distributed else model  # DDP: the wrap
-    ranks.prepare_exchange(ddp_model, torch.zeros(1, train_set.n_features, device=device))  # survive: and sooner done
 
     for epoch in run.epochs():  # survive: those that are left
         batches = run.batches(console.progress(train_loader, f"epoch {epoch}"))  # survive: up to a stop
         steps = train_one_epoch(nn.Sequential(scale, ddp_model), batches, optimizer, device)  # survive: each step's sum
         run.trained(steps)  # survive: adds them up; if a rank was asked to stop, saves and ends here
         run.validated(evaluate(nn.Sequential(scale, model), val_loader, device))  # survive: history and checkpoint
-    if rank == 0:  # DDP: one rank writes
-        save_model(args.out / "model.pt", nn.Sequential(scale, model))  # DDP: the plain model, not the wrapped one
+    with ranks.fail_together():  # survive: if the disk is full
+        if rank == 0:  # DDP: one rank writes
+            save_model(args.out / "model.pt", nn.Sequential(scale, model))  # DDP: the plain model, not the wrapped one
 
 
 def main():

@@ -48,8 +48,8 @@ def train(args, device, train_set, val_set, batch_size, history):
     torch.manual_seed(args.seed)
     scale = Standardize(train_set.mean, train_set.std).to(device)
     model = SimpleModel(train_set.n_features, train_set.n_classes).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     ddp_model = DistributedDataParallel(model) if distributed else model  # DDP: the wrap
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
 
     for epoch in range(1, args.epochs + 1):
         sampler.set_epoch(epoch)  # DDP: another order every epoch, the same on every rank

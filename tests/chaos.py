@@ -1,9 +1,10 @@
-"""python -m tests.chaos [N]: N runs under torchrun; in each of them something is killed at a random moment.
+"""python -m tests.chaos [N]: N runs of ddp_resilient.py; in each of them something is killed at a random moment.
 
 A run survives if it ends by itself after one restart for each kill, and is identical if its history and its last
-checkpoint are, bit for bit, those of a run that nothing befell. After each kill the history must consist of whole
-lines, and at the end no process, no open port and no file in TMPDIR may be left. Where torchrun is asked to stop, its
-checkpoint must be whole, and a run that resumes must survive. A kill that comes too late is not counted but repeated.
+checkpoint are those of a run that nothing befell: bit for bit, but for the last digits of the mean loss of an epoch
+that was cut in two. After each kill the history must consist of whole lines, and at the end no process, no open port
+and no file in TMPDIR may be left. Where torchrun is asked to stop, its checkpoint must be whole, and a run that
+resumes must survive. A kill that comes too late is not counted but repeated.
 
 Seconds from a kill on: "noticed", until torchrun starts to end the other ranks; "trains", until the first new epoch
 of the restarted group is in the history.
@@ -24,11 +25,9 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
-from ddp_tutorial import checkpoint
-from ddp_tutorial.cli import UserError
-from ddp_tutorial.script import write_script
-from tests.ranks import Launch, data_gen, result
-from tests.test_checkpoint_and_history import assert_same
+from ddp_tutorial.console import UserError
+from ddp_tutorial.ranks import checkpoint
+from tests.ranks import RESILIENT, Launch, assert_equal, data_gen, result
 
 KINDS = {
     "one": "a rank, at any moment from its start to its end",
@@ -157,7 +156,6 @@ class Chaos:
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder, self.args, self.expected = folder, args, None
-        write_script(folder / "ddp_sample.py")
         data_gen("digits", "--out", folder / "data")
         with self.launch("whole") as launch:
             run = Run(launch, folder / "whole", args.ranks)
@@ -175,7 +173,7 @@ class Chaos:
     def launch(self, name: str, *flags) -> Launch:
         paths = ("--data-dir", self.folder / "data", "--out", self.folder / name)
         flags = (*paths, "--epochs", self.args.epochs, "--batch-size", 64, *flags)
-        return Launch(self.args.ranks, self.folder / "ddp_sample.py", *flags, restarts=3)
+        return Launch(self.args.ranks, RESILIENT, *flags, restarts=3)
 
     def verdict(self, run: Run) -> list[str]:
         """What is wrong with a run that was to go to its end, with one restart for each kill."""
@@ -185,7 +183,7 @@ class Chaos:
             wrong.append(f"{n} groups failed")
         try:
             if self.expected and not wrong:
-                assert_same(result(run.out)._asdict(), self.expected._asdict())
+                assert_equal(result(run.out), self.expected)
         except AssertionError:
             wrong.append("not identical")
         return wrong

@@ -1,16 +1,25 @@
 import numpy as np
 import pytest
 
-from ddp_tutorial.script import write_script
-from tests.ranks import data_gen, save_data, train
+from tests.ranks import DDP, RESILIENT, SINGLE, data_gen, save_data, train
 
 
 @pytest.fixture(scope="session")
-def script(tmp_path_factory):
-    """The tutorial's own ddp_sample.py."""
-    path = tmp_path_factory.mktemp("script") / "ddp_sample.py"
-    write_script(path)
-    return path
+def script():
+    """The script that has all there is to survive: a test that says no more means this one."""
+    return RESILIENT
+
+
+@pytest.fixture(scope="session")
+def ddp():
+    """The script that shows DDP and no more."""
+    return DDP
+
+
+@pytest.fixture(scope="session")
+def single():
+    """The script of one process."""
+    return SINGLE
 
 
 @pytest.fixture(scope="session")

@@ -25,16 +25,18 @@ import torch
 
 from data_gen.__main__ import main as data_gen_main
 
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SINGLE, DDP, RESILIENT = (NOTEBOOKS / f"{name}.py" for name in ("single_sample", "ddp_sample", "ddp_resilient"))
 SET_BY_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 IMPORTED_BY_SERVER = [
     "torch._dynamo",  # the first optimizer would import it: a second for each rank
     "torch.distributed.nn.functional",
     "torch.distributed.elastic.multiprocessing.errors",
-    "ddp_tutorial.checkpoint",
     "ddp_tutorial.data",
-    "ddp_tutorial.files",
+    "ddp_tutorial.flags",
     "ddp_tutorial.history",
-    "ddp_tutorial.preemption",
+    "ddp_tutorial.model",
+    "ddp_tutorial.ranks",
     "ddp_tutorial.training",
     "tqdm",
 ]
@@ -49,10 +51,14 @@ class Rank(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run left: history.jsonl without the seconds, checkpoint.pt without the name of its launch."""
+    """What a run left: history.jsonl without the seconds, model.pt, and checkpoint.pt without the name of its launch.
+
+    Only ddp_resilient.py makes checkpoints.
+    """
 
     history: list[dict]
-    checkpoint: dict
+    model: dict
+    checkpoint: dict | None
 
 
 class Attack:
@@ -249,9 +255,31 @@ def result(out: Path) -> Result:
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     for line in history:
         del line["seconds"]
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    del state["launch"]
-    return Result(history, state)
+    model, state = torch.load(out / "model.pt", weights_only=True), None
+    if (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        del state["launch"]
+        assert_same(model, state["model"])
+    return Result(history, model, state)
+
+
+def assert_same(one, other):
+    """Bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict | list | tuple):
+        assert len(one) == len(other)
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_same(one[key], other[key])
+    else:
+        assert one == other
+
+
+def assert_equal(run: Result, expected: Result):
+    """Bit for bit, but for the last digits of a printed mean: a sum that was cut in two is added in another order."""
+    assert_same(run[1:], expected[1:])
+    torch.testing.assert_close(run.history, expected.history, rtol=1e-12, atol=0)
 
 
 def losses(history: list[dict]) -> list[dict]:

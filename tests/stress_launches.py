@@ -8,8 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from ddp_tutorial.script import write_script
-from tests.ranks import data_gen, torchrun
+from tests.ranks import NOTEBOOKS, data_gen, torchrun
 
 
 def launch(script: Path, data: Path, out: Path, timeout: float) -> str:
@@ -29,6 +28,8 @@ def launch(script: Path, data: Path, out: Path, timeout: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.stress_launches", description=__doc__)
     parser.add_argument("n", nargs="?", type=int, default=100, help="launches (%(default)s)")
+    scripts = ("ddp_sample", "ddp_resilient")
+    parser.add_argument("--script", choices=scripts, default=scripts[1], help="which to launch (%(default)s)")
     parser.add_argument("--timeout", type=float, default=120, help="seconds until a launch hangs (%(default)s)")
     args = parser.parse_args()
     ends, start = Counter(), time.monotonic()
@@ -36,8 +37,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            script, data = folder / "ddp_sample.py", folder / "data"
-            write_script(script)
+            script, data = NOTEBOOKS / f"{args.script}.py", folder / "data"
             data_gen("gaussian", "--out", data, "--n-train", 512, "--n-val", 512)
             for i in range(args.n):
                 ends[launch(script, data, folder / "out", args.timeout)] += 1
@@ -47,7 +47,8 @@ def main() -> int:
             process.kill()
             process.wait()
     seconds = time.monotonic() - start
-    print(f"{args.n} launches of 4 ranks: {ends['ok']} ok, {ends['abort']} abort, {ends['hang']} hang; {seconds:.0f} s")
+    what = f"{args.n} launches of {args.script}.py on 4 ranks"
+    print(f"{what}: {ends['ok']} ok, {ends['abort']} abort, {ends['hang']} hang; {seconds:.0f} s")
     return 0 if ends["ok"] == args.n else 1
 
 

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import changed, free_port, save_data, start, start_ranks, torchrun, train
+from tests.ranks import DDP, RESILIENT, SINGLE, changed, free_port, save_data, start, start_ranks, torchrun, train
 
-PREFIX = "ddp_sample.py: error: "
+PROGRAMS = {
+    "single": (SINGLE, 0),
+    "ddp_one_process": (DDP, 0),
+    "ddp_four_ranks": (DDP, 4),
+    "resilient_one_process": (RESILIENT, 0),
+    "resilient_four_ranks": (RESILIENT, 4),
+}
+EVERY_SCRIPT = pytest.mark.parametrize("path, n", PROGRAMS.values(), ids=PROGRAMS)
+EVERY_DDP_SCRIPT = pytest.mark.parametrize("path", [DDP, RESILIENT], ids=["ddp", "resilient"])
 ONE_PROCESS_AND_FOUR_RANKS = pytest.mark.parametrize("n", [0, 4], ids=["one_process", "four_ranks"])
 
 
@@ -76,9 +84,11 @@ DATA = {
     "cut in the values": (cut("X_train", -40), "X_train.npy", "numpy.save"),
     "pickled objects": (rewrite("y_train", lambda y: y.astype(object)), "y_train.npy", "numpy.save"),
     "npz archive": (archive, "y_train.npy", "numpy.save"),
-    "X of one dimension": (rewrite("X_train", np.ravel), "X_train.npy", "(samples, features)"),
-    "X without features": (rewrite("X_val", lambda X: X[:, :0]), "X_val.npy", "(samples, features)"),
-    "y of two dimensions": (rewrite("y_val", lambda y: y[:, None]), "y_val.npy", "(samples,)"),
+    "X of one dimension": (rewrite("X_train", np.ravel), "X_train.npy", "X.reshape(-1, 1)"),
+    "images": (rewrite("X_train", lambda X: X[:, :, None].repeat(3, 2)), "X_train.npy", "X.reshape(len(X), -1)"),
+    "X without features": (rewrite("X_val", lambda X: X[:, :0]), "X_val.npy", "at least one"),
+    "y of one column": (rewrite("y_val", lambda y: y[:, None]), "y_val.npy", "y.ravel()"),
+    "one-hot labels": (rewrite("y_train", lambda y: np.eye(3)[y]), "y_train.npy", "y.argmax(axis=1)"),
     "lengths differ": (rewrite("y_train", lambda y: y[1:]), "y_train.npy", "one label"),
     "labels not whole": (rewrite("y_val", put(7, 1.5)), "y_val.npy", "0, 1, 2"),
     "label nan": (rewrite("y_train", put(39, np.nan)), "y_train.npy", "0, 1, 2"),
@@ -90,7 +100,7 @@ DATA = {
     "text values": (rewrite("X_train", lambda X: X.astype(str)), "X_train.npy", "real numbers"),
     "complex values": (rewrite("X_train", lambda X: X.astype(complex)), "X_train.npy", "real numbers"),
     "nan in X_train": (rewrite("X_train", put((39, 2), np.nan)), "X_train.npy", "replace"),
-    "inf in X_val": (rewrite("X_val", put((0, 1), np.inf)), "X_val.npy", "replace"),
+    "inf in X_val": (rewrite("X_val", put((0, 1), -np.inf)), "X_val.npy", "replace"),
     "no training samples": (lambda folder: empty(folder, "train"), "X_train.npy", "at least one"),
     "no validation samples": (lambda folder: empty(folder, "val"), "X_val.npy", "at least one"),
 }
@@ -101,29 +111,28 @@ def empty(folder, split):
         rewrite(name, lambda array: array[:0])(folder)
 
 
-def assert_refused(ranks, names, remedy):
+def assert_refused(ranks, names, remedy, path=RESILIENT):
     assert [rank.code for rank in ranks] == [2] * len(ranks), ranks
     (line,) = "".join(rank.stderr for rank in ranks).splitlines()
-    assert_good_line(line, names, remedy)
+    assert ranks[0].stderr  # the first rank speaks
+    assert_good_line(line, names, remedy, path)
 
 
-def assert_good_line(line, names, remedy):
-    assert line.startswith(PREFIX)
-    what, do = line.removeprefix(PREFIX).rsplit(": ", 1)
+def assert_good_line(line, names, remedy, path=RESILIENT):
+    prefix = f"{path.name}: error: "
+    assert line.startswith(prefix)
+    what, do = line.removeprefix(prefix).rsplit(": ", 1)
     assert names in what and len(what) > len(names) + 10  # it says more than the name
     assert remedy in do
 
 
-@ONE_PROCESS_AND_FOUR_RANKS
+@EVERY_SCRIPT
 @pytest.mark.parametrize("case", DATA)
-def test_bad_data(case, n, script, small, tmp_path):
+def test_bad_data(case, path, n, small, tmp_path):
     damage, name, remedy = DATA[case]
     damage(small)
-    assert_refused(
-        start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out"),
-        str(small / name) if name else str(small),
-        remedy,
-    )
+    ranks = start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out")
+    assert_refused(ranks, str(small / name) if name else str(small), remedy, path)
     assert not (tmp_path / "out").exists()
 
 
@@ -139,35 +148,43 @@ FLAGS = {
     "seed": (["--seed", "-1"], "--seed", "--help"),
     "device": (["--device", "tpu"], "--device", "--help"),
     "no value": (["--out"], "--out", "--help"),
+    "resume": (["--resume"], "--resume", "--help"),
     "resume nothing": (["--resume"], "checkpoint.pt", "without --resume"),
 }
 
 
-@ONE_PROCESS_AND_FOUR_RANKS
+@EVERY_SCRIPT
 @pytest.mark.parametrize("case", FLAGS)
-def test_bad_flags(case, n, script, small, tmp_path):
+def test_bad_flags(case, path, n, small, tmp_path):
+    if case == ("resume" if path == RESILIENT else "resume nothing"):
+        pytest.skip("this script answers otherwise")
     flags, names, remedy = FLAGS[case]
-    assert_refused(start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out", *flags), names, remedy)
+    assert_refused(start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out", *flags), names, remedy, path)
 
 
-@ONE_PROCESS_AND_FOUR_RANKS
+@EVERY_SCRIPT
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
-def test_no_gpu(n, script, small):
-    assert_refused(start_ranks(n, script, "--data-dir", small, "--device", "cuda"), "--device cuda", "--device auto")
+def test_no_gpu(path, n, small):
+    ranks = start_ranks(n, path, "--data-dir", small, "--device", "cuda")
+    assert_refused(ranks, "--device cuda", "--device auto", path)
 
 
-@ONE_PROCESS_AND_FOUR_RANKS
-def test_a_file_in_the_way_of_out(n, script, small, tmp_path):
+@EVERY_SCRIPT
+def test_a_file_in_the_way_of_out(path, n, small, tmp_path):
     (tmp_path / "out").touch()
-    assert_refused(start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out"), "--out", "folder")
+    assert_refused(start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out"), "--out", "folder", path)
 
 
-@ONE_PROCESS_AND_FOUR_RANKS
-@pytest.mark.parametrize("name", ["history.writing.jsonl", "checkpoint.writing.pt"])
+@EVERY_SCRIPT
+@pytest.mark.parametrize("name", ["history.writing.jsonl", "checkpoint.writing.pt", "model.writing.pt"])
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_the_disk_is_full(name, n, script, small, tmp_path):
+def test_the_disk_is_full(name, path, n, small, tmp_path):
+    if path != RESILIENT and (n or "checkpoint" in name):
+        pytest.skip("only one rank meets it, or none")
     (tmp_path / name).symlink_to("/dev/full")
-    assert_refused(start_ranks(n, script, "--data-dir", small, "--out", tmp_path), str(tmp_path), "name ")
+    ranks = start_ranks(n, path, "--data-dir", small, "--out", tmp_path, "--epochs", 2)
+    ranks[0] = ranks[0]._replace(stderr=re.sub("^warning: .*\n", "", ranks[0].stderr))  # nothing can be learnt here
+    assert_refused(ranks, str(tmp_path), "name ", path)
 
 
 @ONE_PROCESS_AND_FOUR_RANKS
@@ -211,7 +228,7 @@ def test_a_checkpoint_of_other_settings(case, n, script, small, tmp_path):
 @ONE_PROCESS_AND_FOUR_RANKS
 def test_a_checkpoint_of_another_model(n, script, small, tmp_path):
     train(0, script, small, tmp_path, "--epochs", 1)
-    other = changed(script, "nn.Linear(n_features, n_classes)", "nn.Linear(n_features, n_classes, bias=False)", tmp_path / "ddp_sample.py")  # fmt: skip
+    other = changed(script, "nn.Linear(n_features, n_classes)", "nn.Linear(n_features, n_classes, bias=False)", tmp_path / script.name)  # fmt: skip
     ranks = start_ranks(n, other, "--data-dir", small, "--out", tmp_path, "--resume")
     assert_refused(ranks, "checkpoint.pt: made with 1.linear.bias of shape (3,), not None", "resume with the same")
 
@@ -252,18 +269,20 @@ def test_a_world_that_is_smaller_than_said(script, small):
     assert_good_line(rank.stderr.splitlines()[-1], "rank 0 of 2 did not meet the others", "--timeout")
 
 
-def test_a_batch_that_the_ranks_do_not_divide(script, small, tmp_path):
+@EVERY_DDP_SCRIPT
+def test_a_batch_that_the_ranks_do_not_divide(path, small, tmp_path):
     flags = ("--data-dir", small, "--out", tmp_path / "out", "--batch-size")
-    assert_refused(start_ranks(4, script, *flags, 30), "--batch-size 30", "such as 28")
-    assert_refused(start_ranks(3, script, *flags, 64), "--batch-size 40 (all samples)", "such as 39")
-    assert [rank.code for rank in start_ranks(4, script, *flags, 28, "--epochs", 1)] == [0] * 4
+    assert_refused(start_ranks(4, path, *flags, 30), "--batch-size 30", "such as 28", path)
+    assert_refused(start_ranks(3, path, *flags, 64), "--batch-size 40 (all samples)", "such as 39", path)
+    assert [rank.code for rank in start_ranks(4, path, *flags, 28, "--epochs", 1)] == [0] * 4
 
 
-def test_fewer_samples_than_ranks(script, small, tmp_path):
+@EVERY_DDP_SCRIPT
+def test_fewer_samples_than_ranks(path, small, tmp_path):
     for name in ("X_train", "y_train"):
         rewrite(name, lambda array: array[:3])(small)
-    ranks = start_ranks(4, script, "--data-dir", small, "--out", tmp_path / "out")
-    assert_refused(ranks, "X_train.npy: 3 samples cannot be shared by 4 ranks", "at most 3")
+    ranks = start_ranks(4, path, "--data-dir", small, "--out", tmp_path / "out")
+    assert_refused(ranks, "X_train.npy: 3 samples", "at most 3", path)
 
 
 @pytest.mark.parametrize("alone", [0, 2])
@@ -272,38 +291,78 @@ def test_one_rank_alone_meets_the_mistake(alone, script, small, tmp_path):
     rank_env = {r: {"DDP_DATA_DIR": tmp_path / "missing" if r == alone else small} for r in range(4)}
     ranks = start_ranks(4, script, "--out", tmp_path / "out", rank_env=rank_env)
     assert_refused(ranks, str(tmp_path / "missing"), "--data-dir")
-    assert ranks[0].stderr  # rank 0 speaks, whoever met it
 
 
-@ONE_PROCESS_AND_FOUR_RANKS
-def test_help_is_printed_once(n, script):
-    ranks = start_ranks(n, script, "--help")
+def test_a_mistake_that_the_first_rank_cannot_find_is_not_kept_secret(ddp, small, tmp_path):
+    """In ddp_sample.py a rank that alone meets a mistake waits a while for the first one to speak, and then does."""
+    impatient = "console.PATIENCE = 1.0\n\n\nclass SimpleModel"
+    copy = changed(ddp, "class SimpleModel", impatient, tmp_path / ddp.name)
+    rank_env = {r: {"DDP_DATA_DIR": small, "TORCHELASTIC_RUN_ID": "x"} for r in range(2)}
+    rank_env[1]["DDP_DATA_DIR"] = tmp_path / "missing"
+    waiting, alone = start_ranks(2, copy, "--out", tmp_path / "out", rank_env=rank_env, stuck=(0,))
+    assert waiting.stderr == "" and alone.code == 2
+    assert_good_line(alone.stderr.removesuffix("\n"), str(tmp_path / "missing"), "--data-dir", ddp)
+
+
+@EVERY_SCRIPT
+def test_help_is_printed_once(path, n):
+    ranks = start_ranks(n, path, "--help")
     assert [rank.code for rank in ranks] == [0] * len(ranks), ranks
-    assert ranks[0].stdout.startswith("usage: ddp_sample.py") and "--batch-size" in ranks[0].stdout
+    assert ranks[0].stdout.startswith(f"usage: {path.name}") and "--batch-size" in ranks[0].stdout
+    assert ("--resume" in ranks[0].stdout) == (path == RESILIENT)
     assert [rank.stdout for rank in ranks[1:]] == [""] * len(ranks[1:])
     assert {rank.stderr for rank in ranks} == {""}
 
 
-@pytest.mark.parametrize("case", ["cut in the values", "unknown"])
-def test_torchrun_shows_the_line_once_before_its_summary(case, script, small, tmp_path):
-    flags = ()
-    if case in DATA:
-        damage, names, remedy = DATA[case]
+# In a copy of the script: torchrun terminates the last rank unless it is ready, and guarded, in time; and the first
+# one's line must not be lost if it comes late.
+SLOW = {
+    "as it is": "",
+    "one after the other": """import signal
+import sys
+import time
+
+
+def slowly(function):
+    def call(*args):
+        time.sleep(rank / 3)
+        return function(*args)
+
+    return call
+
+
+signal.signal, sys.exit = slowly(signal.signal), slowly(sys.exit)
+
+
+""",
+    "the first comes late": "import time\n\ntime.sleep(0 if rank else 3)\n\n\n",
+}
+TORCHRUN = {
+    "resilient, data": (RESILIENT, "cut in the values", "one after the other"),
+    "resilient, flags": (RESILIENT, "unknown", "one after the other"),
+    "ddp, data": (DDP, "cut in the values", "one after the other"),
+    "ddp, late": (DDP, "unknown", "the first comes late"),
+    "ddp, diverges": (DDP, None, "as it is"),
+}
+
+
+@pytest.mark.parametrize("case", TORCHRUN)
+def test_torchrun_shows_the_line_once_before_its_summary(case, small, tmp_path):
+    path, mistake, slow = TORCHRUN[case]
+    flags, names, remedy = FLAGS.get(mistake, (["--lr", 9e37], "the loss is not finite", "smaller --lr"))
+    if mistake in DATA:
+        flags, (damage, names, remedy) = (), DATA[mistake]
         damage(small)
-    else:
-        flags, names, remedy = FLAGS[case]
-    slow = tmp_path / "ddp_sample.py"  # torchrun terminates the last rank unless it is ready, and guarded, in time
-    changed(script, "signal.signal(signal.SIGTERM", "time.sleep(rank / 3); signal.signal(signal.SIGTERM", slow)
-    changed(slow, "sys.exit(end.code)", "time.sleep(rank / 3); sys.exit(end.code)", slow)
-    done = torchrun(4, slow, "--data-dir", small, "--out", tmp_path / "out", *flags)
+    copy = changed(path, "class SimpleModel", SLOW[slow] + "class SimpleModel", tmp_path / path.name)
+    done = torchrun(4, copy, "--data-dir", small, "--out", tmp_path / "out", *flags)
     assert done.returncode == 1  # torchrun's own
-    ours = [i for i, line in enumerate(done.stderr.splitlines()) if PREFIX in line]
+    ours = [i for i, line in enumerate(done.stderr.splitlines()) if f"{path.name}: error: " in line]
     assert ours == [0], done.stderr
-    assert_good_line(done.stderr.splitlines()[0], names, remedy)
-    assert re.findall(r"exitcode +: (\S+)", done.stderr) == ["2"] * 4
+    assert_good_line(done.stderr.splitlines()[0], names, remedy, path)
+    assert re.findall(r"exitcode +: (\S+)", done.stderr) == ["2"] * 4, done.stderr
     assert done.stderr.count("Traceback") == 1  # torchrun's own, above its summary
 
 
-@ONE_PROCESS_AND_FOUR_RANKS
-def test_the_largest_seed(n, script, small, tmp_path):
-    train(n, script, small, tmp_path, "--epochs", 1, "--seed", 2**63 - 1)
+@EVERY_SCRIPT
+def test_the_largest_seed(path, n, small, tmp_path):
+    train(n, path, small, tmp_path, "--epochs", 1, "--seed", 2**63 - 1)

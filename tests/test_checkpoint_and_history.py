@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from copy import deepcopy
 
@@ -13,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from ddp_tutorial import checkpoint
-from ddp_tutorial.checkpoint import CheckpointError, Progress
-from ddp_tutorial.cli import UserError
-from ddp_tutorial.history import History, epoch_line, read
+from ddp_tutorial.console import UserError
+from ddp_tutorial.history import History, check_finite, read
 from ddp_tutorial.model import SimpleModel
-from tests.ranks import Attack, changed, start_ranks, train
+from ddp_tutorial.ranks import checkpoint
+from ddp_tutorial.ranks.checkpoint import CheckpointError
+from tests.ranks import Attack, assert_same, changed, start_ranks, train
 
 
 def pair(seed=0, n_features=3):
@@ -35,17 +36,11 @@ def state(model, optimizer):
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
 
 
-def assert_same(one, other):
-    """Bit for bit."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict | list):
-        assert len(one) == len(other)
-        for key in one if isinstance(one, dict) else range(len(one)):
-            assert_same(one[key], other[key])
-    else:
-        assert one == other
+def load(path, *pair):
+    """What `checkpoint.load` returns, as plain values."""
+    epoch, sums = checkpoint.load(path, *pair)
+    assert (sums.shape, sums.dtype) == ((2,), torch.float64)
+    return epoch, *sums.tolist()
 
 
 @pytest.fixture
@@ -69,20 +64,15 @@ def bytes_of(state) -> bytes:
 def test_round_trip(saved):
     expected = torch.rand(3)  # `pair` and `save` came before it
     other = pair(seed=1)
-    assert checkpoint.load(saved, *other) == Progress(epoch=7)
+    assert load(saved, *other) == (7, 0, 0)
     assert torch.equal(torch.rand(3), expected)
     assert_same(state(*other), state(*pair()))
     assert list(torch.load(saved)["model"]) == ["linear.weight", "linear.bias"]
 
 
 def test_the_middle_of_an_epoch(saved):
-    sums = torch.tensor([[1.5, 20.0], [2.5, 20.0]], dtype=torch.float64)
-    checkpoint.save(saved, *pair(), epoch=7, sums=sums)
-    done = checkpoint.load(saved, *pair())
-    assert done.epoch == 7 and done.n_samples == 40
-    assert [done.sums_of(rank, 2) for rank in range(2)] == sums.tolist()
-    assert [done.sums_of(rank, 4) for rank in range(4)] == [[4.0, 40.0]] + [[0.0, 0.0]] * 3
-    assert done.sums_of(0, 1) == [4.0, 40.0]
+    checkpoint.save(saved, *pair(), epoch=7, sums=torch.tensor([4.0, 40.0], dtype=torch.float64))
+    assert load(saved, *pair()) == (7, 4.0, 40.0)
 
 
 def test_the_previous_one_is_kept(saved):
@@ -91,7 +81,7 @@ def test_the_previous_one_is_kept(saved):
     assert torch.load(checkpoint.previous(saved))["epoch"] == 7
     saved.unlink()  # as if killed between the two renames
     other = pair(seed=2)
-    assert checkpoint.load(saved, *other) == Progress(epoch=7)
+    assert load(saved, *other) == (7, 0, 0)
     assert_same(state(*other), state(*pair()))
 
 
@@ -106,7 +96,7 @@ def test_a_new_run_sets_an_earlier_one_aside(saved):
     checkpoint.save(saved, *pair(), epoch=8)
     assert checkpoint.find(saved, resume=False, restarted=False) is None
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint.earlier.pt"]
-    assert checkpoint.load(saved.with_suffix(".earlier.pt"), *pair()) == Progress(epoch=8)
+    assert load(saved.with_suffix(".earlier.pt"), *pair()) == (8, 0, 0)
 
 
 def test_code_in_a_checkpoint_does_not_run(saved, tmp_path):
@@ -145,7 +135,7 @@ def test_every_edited_byte_is_noticed(saved):
 def test_a_damaged_file_gives_way_to_the_previous_one(saved, capsys):
     checkpoint.save(saved, *pair(seed=1), epoch=8)
     saved.write_bytes(saved.read_bytes()[:500])
-    assert checkpoint.load(saved, *pair()) == Progress(epoch=7)
+    assert load(saved, *pair()) == (7, 0, 0)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"{saved}: damaged (its checksum is wrong): checkpoint.previous.pt is whole"
     checkpoint.previous(saved).write_bytes(b"")
@@ -174,7 +164,7 @@ def test_what_differs_is_named(saved):
     assert refused(*pair(n_features=4), settings) == "linear.weight of shape (2, 3), not (2, 4)"
     assert refused(model, adam(model), settings) == "optimizer SGD, not Adam"
     assert refused(nn.Sequential(model), optimizer, settings).startswith("0.linear.weight of shape None")
-    assert checkpoint.load(saved, model, optimizer, settings) == Progress(epoch=7)
+    assert load(saved, model, optimizer, settings) == (7, 0, 0)
 
 
 @pytest.mark.parametrize("key", ["epoch", "sums", "model", "optimizer", "rng", "settings"])
@@ -212,20 +202,42 @@ def test_no_folder_to_write_to(folder, saved):
         checkpoint.save(saved.parent / folder / "checkpoint.pt", *pair(), epoch=8)
 
 
+SUMS, VAL_SUMS = torch.tensor([80.0, 80.0]), torch.tensor([40.0, 10.0, 20.0])
+
+
 def epochs(*numbers):
     line = {"train_loss": 1.0, "val_loss": 2.0, "val_accuracy": 0.5, "seconds": 0.1, "world_size": 2}
     return [{"epoch": e} | line for e in numbers]
 
 
+def assert_epochs(path, *numbers):
+    """That the file has these epochs, of `SUMS` and `VAL_SUMS`, in whole lines."""
+    assert [line | {"seconds": 0.1} for line in read(path)] == epochs(*numbers)
+    assert path.read_text().count("\n") == len(numbers) and path.read_text().endswith("\n")
+
+
 def test_history(tmp_path, capsys):
-    path = tmp_path / "new" / "history.jsonl"
-    history = History(path, 40)
-    for line in epochs(*range(1, 41)):
-        history.append(line)
-    assert read(path) == read(path.parent) == epochs(*range(1, 41))
+    out = tmp_path / "new" / "out"
+    path, history = out / "history.jsonl", History(out, 40)
+    for epoch in range(1, 41):
+        history.append(epoch, SUMS, VAL_SUMS, 2)
+        assert_epochs(path, *range(1, epoch + 1))
+    assert read(path) == read(out)
     assert [int(line.split()[1]) for line in capsys.readouterr().out.splitlines()] == [1, *range(4, 41, 4)]
-    History(path, 40)
-    assert read(path) == []
+    again = History(out, 40)
+    assert_epochs(path, *range(1, 41))  # until there is something better
+    again.append(1, SUMS, VAL_SUMS, 2)
+    assert_epochs(path, 1)
+    assert list(out.iterdir()) == [path]
+
+
+def test_the_seconds_are_those_of_each_epoch(tmp_path):
+    history = History(tmp_path, 3)
+    for epoch in (1, 2):
+        time.sleep(0.1)
+        history.append(epoch, SUMS, VAL_SUMS)
+    assert all(0.1 <= line["seconds"] < 0.2 * line["epoch"] + 5 for line in read(tmp_path))
+    assert [line["world_size"] for line in read(tmp_path)] == [1, 1]
 
 
 def test_resuming_drops_later_epochs_and_a_torn_line(tmp_path):
@@ -233,10 +245,11 @@ def test_resuming_drops_later_epochs_and_a_torn_line(tmp_path):
     lines = [json.dumps(line) for line in epochs(1, 2, 3, 4)]
     path.write_text("\n".join(lines)[:-9])  # killed in the middle of writing epoch 4
     assert read(path) == epochs(1, 2, 3)
-    history = History(path, 5, keep_epochs=2)
-    assert path.read_text() == "\n".join(lines[:2]) + "\n"
-    history.append(*epochs(3))
-    assert read(path) == epochs(1, 2, 3)
+    history = History(tmp_path, 5, keep_epochs=2)
+    history.append(3, SUMS * 2, VAL_SUMS, 4)
+    assert path.read_text().startswith("\n".join(lines[:2]) + "\n")
+    history.append(4, SUMS, VAL_SUMS, 4)
+    assert [(line["epoch"], line["world_size"]) for line in read(path)] == [(1, 2), (2, 2), (3, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("numbers", [[], [1], [1, 3], [2, 1], [1, 1, 2]])
@@ -244,7 +257,7 @@ def test_resuming_wants_each_epoch_once(numbers, tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in epochs(*numbers)))
     with pytest.raises(UserError, match="has not the 2 epochs of its checkpoint"):
-        History(path, 5, keep_epochs=2)
+        History(tmp_path, 5, keep_epochs=2)
 
 
 def test_a_line_of_something_else_ends_the_history(tmp_path):
@@ -255,44 +268,53 @@ def test_a_line_of_something_else_ends_the_history(tmp_path):
         assert read(path) == epochs(1)
 
 
-def test_a_line_that_the_disk_cannot_hold_leaves_nothing(tmp_path):
-    """A child whose files may grow to 200 bytes: the second line is cut."""
-    program = """if True:
-        import resource, sys
+@pytest.mark.parametrize("limit, kept", [(50, []), (200, [1])])
+def test_a_line_that_the_disk_cannot_hold_leaves_nothing(limit, kept, tmp_path):
+    """A child whose files may grow to so many bytes: the first line is cut, or the second."""
+    program = f"""if True:
+        import resource, sys, torch
         from pathlib import Path
         from ddp_tutorial.history import History, UserError
-        history = History(Path("history.jsonl"), 9)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
-        line = {"train_loss": 1.0, "val_loss": 2.0, "val_accuracy": 0.5, "seconds": 0.1, "world_size": 2, "more": "xx"}
-        history.append({"epoch": 1} | line)
+        history = History(Path(), 9)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
         try:
-            history.append({"epoch": 2} | line)
+            for epoch in (1, 2):
+                history.append(epoch, torch.tensor([80.0, 80.0]), torch.tensor([40.0, 10.0, 20.0]), 2)
         except UserError as error:
             print(error)
     """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert "history.jsonl" in done.stdout and "free the disk" in done.stdout, done
-    assert [line["epoch"] for line in read(tmp_path)] == [1]
-    assert (tmp_path / "history.jsonl").read_text().endswith("}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"] * len(kept)
+    if kept:
+        assert_epochs(tmp_path / "history.jsonl", *kept)
 
 
-def test_epoch_line():
-    table = torch.tensor([[6.0, 20, 8.0, 3, 4], [10.0, 20, 4.0, 1, 2]], dtype=torch.float64)
-    assert epoch_line(3, table, 10, 0.5) == {
-        "epoch": 3, "train_loss": 0.4, "val_loss": 2.0, "val_accuracy": 4 / 6, "seconds": 0.5, "world_size": 2,
-    }  # fmt: skip
-    table[0, :2] = torch.tensor([torch.inf, 10])  # the second of its steps
-    with pytest.raises(UserError, match="^epoch 3, step 2: the loss is not finite.*--lr$"):
-        epoch_line(3, table, 10, 0.5)
-    table[0, 0], table[1, 2] = 1.0, torch.nan
-    with pytest.raises(UserError, match="^epoch 3: the loss is not finite"):
-        epoch_line(3, table, 10, 0.5)
+def test_losses_that_are_not_finite():
+    check_finite(3, SUMS, step=2)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        sums = torch.tensor([1.0, value])
+        with pytest.raises(UserError, match="^epoch 3, step 2: the loss is not finite.*--lr$"):
+            check_finite(3, sums, step=2)
+        with pytest.raises(UserError, match="^epoch 3: the loss is not finite"):
+            check_finite(3, sums)
+
+
+@pytest.mark.parametrize("chance, warns", [(2.0, True), (1.5, True), (2.5, False), (float("inf"), False)])
+def test_a_run_that_ends_no_better_than_guessing_is_told_so(chance, warns, tmp_path, capsys):
+    history = History(tmp_path, 2, chance)
+    history.append(1, SUMS, VAL_SUMS)
+    assert capsys.readouterr().err == ""  # there is time
+    history.append(2, SUMS, VAL_SUMS)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == warns
+    assert all(line.startswith("warning: a validation loss of 2.0000 is ") for line in lines)
 
 
 def test_history_has_no_folder(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match="--out"):
-        History(tmp_path / "out" / "history.jsonl", 1)
+        History(tmp_path / "out", 1)
 
 
 @pytest.mark.parametrize("n", [0, 4])
@@ -352,10 +374,10 @@ def test_a_restarted_group_without_a_checkpoint_starts(script, small, tmp_path):
 
 
 def test_a_restarted_group_does_not_go_on_from_an_earlier_run(script, small, tmp_path):
-    out, loop = tmp_path / "out", "    for epoch in range("
+    out, loop = tmp_path / "out", "    for epoch in run.epochs():"
     train(2, script, small, out, "--epochs", 2)
     dying = tmp_path / "dying.py"
     changed(script, loop, "    raise RuntimeError\n" + loop, dying)
     ranks = start_ranks(2, dying, "--data-dir", small, "--out", out)
     assert [rank.code for rank in ranks] == [1, 1], ranks
-    assert [path.name for path in out.glob("*.pt")] == ["checkpoint.earlier.pt"]
+    assert sorted(path.name for path in out.glob("checkpoint*")) == ["checkpoint.earlier.pt"]

@@ -1,14 +1,15 @@
-"""ddp_tutorial.data: NpyDataset, moments, standardization."""
+"""ddp_tutorial.data: NpyDataset, what it knows of its files, what it warns of."""
 
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Subset
 
 from ddp_tutorial import data
-from ddp_tutorial.data import DataError, NpyDataset, batches, indices, load_splits
+from ddp_tutorial.data import DataError, NpyDataset, guessing_loss, load_splits
+from ddp_tutorial.flags import split_batch
 from tests.ranks import Attack, save_data
 
 
@@ -28,7 +29,7 @@ def test_any_real_type_gives_float32_and_int64(dtype, order, tmp_path):
     assert (x.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert x.tolist() == X[[3, 0, 3, 11]].astype(float).tolist()
     assert labels.tolist() == [1, 0, 1, 1]
-    assert (samples.n_features, samples.n_classes, samples.classes.tolist()) == (5, 2, [0, 1])
+    assert (samples.n_features, samples.n_classes, samples.class_counts.tolist()) == (5, 2, [6, 6])
 
 
 def test_the_files_stay_as_they_are(tmp_path):
@@ -37,7 +38,6 @@ def test_the_files_stay_as_they_are(tmp_path):
     x, y = samples.__getitems__([0, 1])
     x.add_(5)
     y.add_(5)
-    samples.moments()
     for array in (samples.X, samples.y):
         assert isinstance(array.base, np.memmap) and array.base.mode == "r" and not array.flags.writeable
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
@@ -84,28 +84,22 @@ def wild(tmp_path):
     return dataset(tmp_path, X.astype(np.float32))
 
 
-@pytest.mark.parametrize("n_parts", [1, 2, 4, 7, 1500])
-def test_moments_of_the_parts_add_up(wild, n_parts, monkeypatch):
-    monkeypatch.setattr(data, "SCAN_BYTES", 3000)  # several chunks
-    total = sum(wild.moments(part, n_parts) for part in range(n_parts))
-    torch.testing.assert_close(total, wild.moments(), rtol=1e-12, atol=1e-9)
-    assert total[0].tolist() == [1001] * 5
+@pytest.mark.parametrize("scan_bytes", [20, 3000, 2**24])  # a row at a time, several, all
+def test_mean_and_std_are_those_of_float64(scan_bytes, wild, monkeypatch):
+    monkeypatch.setattr(data, "SCAN_BYTES", scan_bytes)
+    samples, X = NpyDataset(wild.X_path, wild.y_path), np.asarray(wild.X, np.float64)
+    assert samples.mean.dtype == samples.std.dtype == torch.float64
+    np.testing.assert_allclose(samples.mean.numpy(), X.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(samples.std.numpy(), X.std(0), rtol=1e-9)
 
 
-def test_standardization_is_that_of_float64(wild):
-    X = np.asarray(wild.X, np.float64)
-    mean, std = wild.standardization(wild.moments())
-    np.testing.assert_allclose(mean.numpy(), X.mean(0), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(std.numpy(), X.std(0), rtol=1e-9)
-
-
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300], ids=str)
 def test_features_must_be_finite_in_float32(value, tmp_path):
     X = np.ones((5, 3))
     X[4, 1] = value
-    samples = dataset(tmp_path, X)
     with pytest.raises(DataError, match=r"X\.npy: feature 1 "):
-        samples.standardization(samples.moments())
+        dataset(tmp_path, X)
 
 
 def test_code_in_a_file_does_not_run(tmp_path):
@@ -120,7 +114,7 @@ def test_labels_are_looked_at_to_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SCAN_BYTES", 80)
     y = np.zeros(35, np.int64)
     y[[20, 34]] = 4, 2
-    assert dataset(tmp_path, np.ones((35, 1)), y).classes.tolist() == [0, 2, 4]
+    assert dataset(tmp_path, np.ones((35, 1)), y).class_counts.tolist() == [33, 0, 1, 0, 1]
     y[34] = -1
     with pytest.raises(DataError, match="label -1 is negative"):
         dataset(tmp_path, np.ones((35, 1)), y)
@@ -133,25 +127,57 @@ def test_where_the_data_are(small, tmp_path, monkeypatch):
     assert [len(split) for split in load_splits(other)] == [9, 9]
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("n_samples", [4, 5, 31, 1000])
-def test_indices_are_those_of_the_sampler(n_samples, n_ranks):
-    for rank in range(n_ranks):
-        sampler = DistributedSampler(range(n_samples), n_ranks, rank, seed=3, drop_last=True)
-        for epoch in (0, 1, 7):
-            sampler.set_epoch(epoch)
-            assert indices(sampler).tolist() == list(sampler)
+def test_guessing_loss_is_that_of_the_class_frequencies(tmp_path):
+    X, y_train, y_val = np.ones((8, 1)), np.array([0, 0, 0, 0, 1, 1, 3, 3]), np.array([0, 1, 1, 0])
+    train_set, val_set = dataset(tmp_path / "train", X, y_train), dataset(tmp_path / "val", X[:4], y_val)
+    assert guessing_loss(train_set, val_set) == pytest.approx(-(2 * np.log(1 / 2) + 2 * np.log(1 / 4)) / 4)
+    assert guessing_loss(train_set, train_set) == pytest.approx(1.5 * np.log(2))  # the entropy; class 2 costs nothing
 
 
-@pytest.mark.parametrize(
-    "n_rows, full, rest", [(6, [[0, 1, 2], [3, 4, 5]], []), (4, [[0, 1, 2]], [[3]]), (2, [], [[0, 1]]), (0, [], [])]
-)
-def test_batches_are_full_but_for_the_rest(n_rows, full, rest):
-    assert [part.tolist() for part in batches(np.arange(n_rows), 3)] == full
-    assert [part.tolist() for part in batches(np.arange(n_rows), 3, drop_last=False)] == full + rest
+@pytest.mark.parametrize("n_ranks, share", [(1, 28), (2, 14), (4, 7), (7, 4)])
+def test_a_batch_is_shared_equally(n_ranks, share):
+    assert split_batch(28, 1000, n_ranks) == share
+    assert split_batch(1000, 28, n_ranks) == share  # all samples
 
 
-def test_a_batch_of_indices_reaches_the_loader_whole(tmp_path):
-    samples = dataset(tmp_path, np.arange(12, dtype=np.float32).reshape(6, 2))
-    loader = DataLoader(samples, batch_sampler=batches(np.array([4, 1, 0, 5]), 2), collate_fn=NpyDataset.collate)
-    assert [x.tolist() for x, _ in loader] == [[[8, 9], [2, 3]], [[0, 1], [10, 11]]]
+def outliers(folder, change, capsys):
+    """What is said of 4,096 tame rows to which `change` has been done."""
+    X, y = np.random.default_rng(0).standard_normal((4096, 5)), np.arange(4096) % 4
+    change(X)
+    save_data(folder, X_train=X, y_train=y, X_val=X[:40], y_val=y[:40])
+    load_splits(folder)
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err.splitlines()
+
+
+@pytest.mark.parametrize("row", [0, 17, 4095])
+def test_a_row_far_out_is_warned_of(row, tmp_path, capsys):
+    def change(X):
+        X[row] *= 10
+        X[row, 3] = 1e4
+
+    (line,) = outliers(tmp_path, change, capsys)
+    assert line.startswith(f"warning: {tmp_path}/X_train.npy: the standard deviation of feature 3 is ")
+    assert line.endswith(": look for outliers, or clip them")
+
+
+def test_only_the_first_rank_warns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert outliers(tmp_path, lambda X: X.put(0, 1e4), capsys) == []
+
+
+QUIET = {
+    "tame": lambda X: None,
+    "heavy tails": lambda X: np.power(X, 3, out=X),
+    "all zero": lambda X: X.fill(0),
+    "mostly zero": lambda X: X.__setitem__(np.abs(X) < 1.5, 0),
+    "two values": lambda X: np.sign(X, out=X),
+    "skewed": lambda X: np.exp(X, out=X),
+    "wild scales": lambda X: np.multiply(X, 10.0 ** np.arange(-8, 12, 4), out=X),
+}
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_of_other_features_nothing_is_said(case, tmp_path, capsys):
+    assert outliers(tmp_path, QUIET[case], capsys) == []

@@ -35,12 +35,15 @@ def test_the_seed_makes_the_bytes(kind, tmp_path):
     assert all(first[name] != other[name] for name in FILES)
 
 
-def test_bayes_numbers_against_the_densities(tmp_path):
+@pytest.mark.parametrize("split, n_samples", [("train", 2000), ("val", 3000)])
+def test_bayes_numbers_against_the_densities(split, n_samples, tmp_path, monkeypatch):
+    """Each split's own samples have a floor of their own."""
+    monkeypatch.setattr(gaussian_module, "CHUNK_BYTES", 40_000)  # three chunks, five chunks
     n_classes, n_features, rho, seed, separation = 5, 7, 0.6, 11, 1.5
-    sizes = ("--n-train", 10, "--n-val", 3000, "--n-features", n_features, "--n-classes", n_classes)
+    sizes = ("--n-train", 2000, "--n-val", 3000, "--n-features", n_features, "--n-classes", n_classes)
     assert data_gen("gaussian", "--out", tmp_path, *sizes, "--correlation", rho, "--seed", seed,
                     "--separation", separation) == 0  # fmt: skip
-    X, y = np.load(tmp_path / "X_val.npy").astype(np.float64), np.load(tmp_path / "y_val.npy")
+    X, y = np.load(tmp_path / f"X_{split}.npy").astype(np.float64), np.load(tmp_path / f"y_{split}.npy")
     means = class_means(seed, n_classes, n_features, separation)
     covariance = (1 - rho) * np.eye(n_features) + rho
     joint = np.column_stack([multivariate_normal(mean, covariance).logpdf(X) for mean in means])
@@ -48,13 +51,14 @@ def test_bayes_numbers_against_the_densities(tmp_path):
     nll = -np.log(posterior[np.arange(len(y)), y])
     correct = posterior.argmax(1) == y
     bayes = json.loads((tmp_path / "meta.json").read_text())["bayes"]
-    assert bayes == pytest.approx(
+    assert sorted(bayes) == ["train", "val"]
+    assert bayes[split] == pytest.approx(
         {
             "cross_entropy_nats": nll.mean(),
             "cross_entropy_standard_error": nll.std() / len(y) ** 0.5,
             "accuracy": correct.mean(),
             "accuracy_standard_error": correct.std() / len(y) ** 0.5,
-            "n_samples": 3000,
+            "n_samples": n_samples,
         },
         rel=1e-9,
     )

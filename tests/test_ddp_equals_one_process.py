@@ -1,4 +1,4 @@
-"""The same training at any number of ranks: losses, weights, batches, validation."""
+"""The same training by each script at any number of ranks: losses, weights, batches, validation."""
 
 import itertools
 import json
@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import changed, data_gen, losses, result, save_data, start_ranks, torchrun, train
+from tests.ranks import (
+    DDP,
+    RESILIENT,
+    SINGLE,
+    assert_same,
+    changed,
+    data_gen,
+    losses,
+    result,
+    save_data,
+    start_ranks,
+    torchrun,
+    train,
+)
 
 # 96 divides among 1, 2, 3 and 4 ranks; 1,001 samples do not, and leave a part of a batch over.
 FLAGS = ("--batch-size", 96, "--epochs", 5)
@@ -25,24 +38,38 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_process(script, data, tmp_path_factory):
-    return train(0, script, data, tmp_path_factory.mktemp("one"), *FLAGS)
+def one_process(data, tmp_path_factory):
+    """What the script of one process makes."""
+    return train(0, SINGLE, data, tmp_path_factory.mktemp("one"), *FLAGS)
+
+
+over_scripts = pytest.mark.parametrize("path", [DDP, RESILIENT], ids=["ddp", "resilient"])
+
+
+@over_scripts
+def test_alone_each_script_has_the_bits_of_the_first(path, data, one_process, tmp_path):
+    run = train(0, path, data, tmp_path, *FLAGS)
+    assert run.history == one_process.history
+    assert_same(run.model, one_process.model)
 
 
 def assert_equal_training(run, expected, n):
     assert [line["world_size"] for line in run.history] == [n] * 5
     torch.testing.assert_close(losses(run.history), losses(expected.history), **CLOSE)
-    torch.testing.assert_close(run.checkpoint["model"], expected.checkpoint["model"], **CLOSE)
+    torch.testing.assert_close(run.model, expected.model, **CLOSE)
 
 
+@over_scripts
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_ranks_train_as_one_process(n, script, data, one_process, tmp_path):
-    assert_equal_training(train(n, script, data, tmp_path, *FLAGS), one_process, n)
+def test_ranks_train_as_one_process(n, path, data, one_process, tmp_path):
+    assert_equal_training(train(n, path, data, tmp_path, *FLAGS), one_process, n)
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_torchrun_trains_as_one_process(n, script, data, one_process, tmp_path):
-    done = torchrun(n, script, "--data-dir", data, "--out", tmp_path, *FLAGS)
+@pytest.mark.parametrize(
+    "n, path", [(2, RESILIENT), (4, RESILIENT), (4, DDP)], ids=lambda value: getattr(value, "stem", value)
+)
+def test_torchrun_trains_as_one_process(n, path, data, one_process, tmp_path):
+    done = torchrun(n, path, "--data-dir", data, "--out", tmp_path, *FLAGS)
     assert (done.returncode, done.stderr) == (0, "")
     assert_equal_training(result(tmp_path), one_process, n)
 
@@ -52,17 +79,20 @@ def test_the_runs_compared_do_train(one_process):
     assert last["train_loss"] < 0.7 * first["train_loss"]
 
 
-@pytest.mark.parametrize("n_val", range(1, 18))
-def test_validation_is_exact(n_val, script, small, tmp_path):
+VALIDATIONS = [*((RESILIENT, n_val) for n_val in range(1, 18)), *((DDP, n_val) for n_val in (1, 3, 6))]
+
+
+@pytest.mark.parametrize("path, n_val", VALIDATIONS, ids=lambda value: getattr(value, "stem", value))
+def test_validation_is_exact(path, n_val, small, tmp_path):
     data = save_data(
         tmp_path / "data",
         **{path.stem: np.load(path)[: n_val if "val" in path.stem else None] for path in small.iterdir()},
     )
     flags = ("--batch-size", 20, "--epochs", 1)
-    ranks, one = (train(n, script, data, tmp_path / f"{n}", *flags) for n in (4, 0))
+    ranks, one = (train(n, path, data, tmp_path / f"{n}", *flags) for n in (4, 0))
     assert ranks.history[0]["val_accuracy"] == one.history[0]["val_accuracy"]
     torch.testing.assert_close(losses(ranks.history), losses(one.history), **CLOSE)
-    model = ranks.checkpoint["model"]  # and by hand, from the weights that were validated
+    model = ranks.model  # and by hand, from the weights that were validated
     x = (torch.from_numpy(np.load(data / "X_val.npy")) - model["0.mean"]) / model["0.scale"]
     log_p = (x @ model["1.linear.weight"].T + model["1.linear.bias"]).log_softmax(1)
     y = torch.from_numpy(np.load(data / "y_val.npy"))
@@ -71,12 +101,12 @@ def test_validation_is_exact(n_val, script, small, tmp_path):
 
 
 REPORT_READS = """
-import json
+import json, sys
 def report(self, indices, gather=NpyDataset.__getitems__):
     print(json.dumps([self.X_path.stem, [int(i) for i in indices]]), file=sys.stderr)
     return gather(self, indices)
 NpyDataset.__getitems__ = report
-distributed ="""
+"""
 EPOCHS, STEPS, N_TRAIN, N_VAL = 3, 4, 48, 18
 
 
@@ -88,17 +118,21 @@ def reads(script, small, tmp_path):
         **{path.stem: np.resize(np.load(path), (N_TRAIN if "train" in path.stem else N_VAL, *np.load(path).shape[1:]))
            for path in small.iterdir()},
     )  # fmt: skip
-    reporting = changed(script, "\ndistributed =", REPORT_READS, tmp_path / "reporting.py")
+    copies = {
+        path: changed(path, "\n\nclass SimpleModel", REPORT_READS + "\n\nclass SimpleModel", tmp_path / path.name)
+        for path in (SINGLE, DDP, RESILIENT)
+    }
 
-    def run(n, script=reporting):
+    def run(n, script):
+        script = copies.get(script, script)
         flags = ("--data-dir", data, "--out", tmp_path / "out", "--epochs", EPOCHS, "--batch-size", N_TRAIN // STEPS)
         ranks = start_ranks(n, script, *flags)
         assert {rank.code for rank in ranks} == {0}, ranks
-        lines = [[json.loads(line) for line in rank.stderr.splitlines()] for rank in ranks]
+        lines = [[json.loads(line) for line in rank.stderr.splitlines() if line[0] == "["] for rank in ranks]
         return {split: [[read for name, read in rank if name == split] for rank in lines]
                 for split in ("X_train", "X_val")}  # fmt: skip
 
-    run.script = reporting
+    run.copies = copies
     return run
 
 
@@ -109,22 +143,24 @@ def global_batches(ranks):
 
 
 def test_the_samples_are_dealt_out(reads):
-    runs = {n: reads(n) for n in (0, 2, 4)}
-    batches = {n: global_batches(run["X_train"]) for n, run in runs.items()}
-    assert batches[0] == batches[2] == batches[4]
-    for n, run in runs.items():
+    alone = global_batches(reads(0, SINGLE)["X_train"])
+    runs = {(n, path.stem): reads(n, path) for n in (0, 2, 4) for path in (DDP, RESILIENT)}
+    batches = {case: global_batches(run["X_train"]) for case, run in runs.items()}
+    assert all(found == alone for found in batches.values())
+    for case, run in runs.items():
+        n = case[0]
         for rank in run["X_train"]:
             assert [len(share) for share in rank] == [N_TRAIN // STEPS // max(1, n)] * EPOCHS * STEPS
-        for epoch in batches[n]:
+        for epoch in batches[case]:
             assert sorted(itertools.chain(*epoch)) == list(range(N_TRAIN))
         for epoch in range(EPOCHS):  # a rank may have none of a small validation set; 18 is enough for 4
             assert sorted(itertools.chain(*(rank[epoch] for rank in run["X_val"]))) == list(range(N_VAL))
-    orders = [runs[4]["X_train"][0][epoch * STEPS : (epoch + 1) * STEPS] for epoch in range(EPOCHS)]
+    orders = [runs[4, DDP.stem]["X_train"][0][epoch * STEPS : (epoch + 1) * STEPS] for epoch in range(EPOCHS)]
     assert all(a != b for a, b in itertools.combinations(orders, 2))
 
 
 def test_without_set_epoch_the_order_repeats(reads, tmp_path):
-    forgetful = changed(reads.script, "sampler.set_epoch(epoch)", "pass", tmp_path / "forgetful.py")
+    forgetful = changed(reads.copies[DDP], "sampler.set_epoch(epoch)", "pass", tmp_path / "forgetful.py")
     for rank in reads(4, forgetful)["X_train"]:
         first, *others = (rank[i : i + STEPS] for i in range(0, EPOCHS * STEPS, STEPS))
         assert others == [first] * (EPOCHS - 1)

@@ -1,4 +1,4 @@
-"""ddp_tutorial.exchange between real ranks: what it returns, and which way it goes."""
+"""ddp_tutorial.ranks.exchange between real ranks: what it returns, and which way it goes."""
 
 import json
 
@@ -10,10 +10,9 @@ PROGRAM = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from ddp_tutorial import exchange
+from ddp_tutorial.ranks import exchange
 
 dist.init_process_group("gloo")
 rank, n = dist.get_rank(), dist.get_world_size()

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_tutorial import checkpoint
 from ddp_tutorial.history import read
-from tests.ranks import Launch, changed, losses, result, save_data, start_ranks, train
-from tests.test_checkpoint_and_history import assert_same
+from ddp_tutorial.ranks import checkpoint
+from tests.ranks import DDP, SINGLE, Launch, assert_equal, changed, losses, result, save_data, start_ranks, train
 
-FLAGS = ("--batch-size", 4, "--epochs", 4)  # epochs of 25 steps: stops are agreed on before the steps 0, 10 and 20
+FLAGS = ("--batch-size", 4, "--epochs", 4)  # epochs of 25 steps: stops are agreed on after the steps 10, 20 and 25
 RESTARTED = {rank: {"TORCHELASTIC_RESTART_COUNT": 1} for rank in range(4)}
 CLOSE = {"rtol": 1e-5, "atol": 5e-6}  # for other numbers of ranks, as in test_ddp_equals_one_process.py
 DIE, STOP = (f"os.kill(os.getpid(), {int(number)})" for number in (signal.SIGKILL, signal.SIGSTOP))
@@ -37,26 +36,44 @@ def whole(script, data, tmp_path_factory):
     return functools.cache(lambda n: train(n, script, data, tmp_path_factory.mktemp("whole"), *FLAGS))
 
 
+MOMENTS = """import time
+
+
+def before_each_step(batches, epoch, run):
+    for i, batch in enumerate(batches):
+        if {training}:
+            {do}
+        yield batch
+
+
+def before_validation(epoch, run):
+    if {validation}:
+        {do}
+
+
+"""
+
+
 @pytest.fixture
 def at(script, tmp_path):
     """Writes a copy of the script that runs the statement `do` before each step of training that `moment` is true of.
 
-    With "validation" as `where`, before each validation.
+    With "validation" as `where`, before each validation. A group that goes on in an epoch counts its steps from 0.
     """
-    hooks = {"training": "        yield batch\n", "validation": "        table = from_all_ranks(torch.cat("}
 
     def write(moment, do, where="training"):
-        hook, set_epoch = hooks[where], "sampler.set_epoch(epoch)"
-        copy = changed(script, set_epoch, set_epoch + "; stop.epoch = epoch", tmp_path / "at.py")
-        epoch = "epoch = stop.epoch\n        " if where == "training" else ""
-        return changed(copy, hook, f"        {epoch}if {moment}:\n            {do}\n" + hook, copy)
+        moments = MOMENTS.format(**{"training": False, "validation": False, where: moment}, do=do)
+        copy = changed(script, "class SimpleModel", moments + "class SimpleModel", tmp_path / "at.py")
+        steps, validated = "        steps = train_one_epoch(", "        run.validated("
+        changed(copy, steps, "        batches = before_each_step(batches, epoch, run)\n" + steps, copy)
+        return changed(copy, validated, "        before_validation(epoch, run)\n" + validated, copy)
 
     return write
 
 
 def send(number, to="os.getpid()"):
     """The statement that sends a signal and waits until this rank has noted it."""
-    return f"os.kill({to}, {int(number)}); [time.sleep(0.01) for _ in range(1000) if not stop.requested]"
+    return f"os.kill({to}, {int(number)}); [time.sleep(0.01) for _ in range(1000) if not run.stop.noted]"
 
 
 def paths(data, out):
@@ -72,14 +89,9 @@ def lines_of(*stderr):
     return re.findall(r"^\w+\.py: ((?:error|stopped): .+)$", "".join(stderr), re.MULTILINE)
 
 
-def assert_equal(run, expected):
-    assert run.history == expected.history
-    assert_same(run.checkpoint, expected.checkpoint)
-
-
 def assert_close(run, expected):
     torch.testing.assert_close(losses(run.history), losses(expected.history), **CLOSE)
-    torch.testing.assert_close(run.checkpoint["model"], expected.checkpoint["model"], **CLOSE)
+    torch.testing.assert_close(run.model, expected.model, **CLOSE)
 
 
 def n_lines(out):
@@ -94,8 +106,7 @@ def n_lines(out):
 def progress(out):
     """Of the newest whole checkpoint: its epochs, and how many samples of the next one it has; None without any."""
     if found := checkpoint.read(out / "checkpoint.pt"):
-        done = checkpoint.Progress(found[1]["epoch"], found[1]["sums"])
-        return done.epoch, done.n_samples
+        return found[1]["epoch"], int(found[1]["sums"][1])
 
 
 # Killed
@@ -116,7 +127,8 @@ def test_two_ranks_killed_at_once(at, data, whole, tmp_path):
 # The process is killed at the operation KILL_AT, from 1, on the files of a run, before it is carried out. A write
 # counts twice: after the first half of its bytes, and after them all.
 OPERATIONS = """
-import builtins
+import builtins, signal
+from pathlib import Path
 n_operations, kill_at = 0, int(os.environ.get("KILL_AT", 0))
 
 def count(*what):
@@ -162,11 +174,13 @@ def open_counted(path, mode="r", *args, do=open, **options):
 builtins.open = open_counted
 
 """
-OF_AN_EPOCH = [
-    "open history.jsonl", "half history.jsonl", "write history.jsonl", "fsync",
-    "open checkpoint.writing.pt", "half checkpoint.writing.pt", "write checkpoint.writing.pt", "fsync",
-    "replace checkpoint.pt", "replace checkpoint.writing.pt",
-]  # fmt: skip
+APPENDED = ["open history.jsonl", "half history.jsonl", "write history.jsonl", "fsync"]
+REPLACES = "open {0}.writing.{1}", "half {0}.writing.{1}", "write {0}.writing.{1}", "fsync", "replace {0}.writing.{1}"
+MODEL, CHECKPOINT, HISTORY = (
+    [operation.format(*name.split(".")) for operation in REPLACES]
+    for name in ("model.pt", "checkpoint.pt", "history.jsonl")
+)
+OF_AN_EPOCH = [*APPENDED, *CHECKPOINT[:-1], "replace checkpoint.pt", CHECKPOINT[-1]]
 
 
 @pytest.fixture
@@ -188,7 +202,7 @@ def operations(counting, data, out, n=0, kill_at=0, restarted=False):
 
 def assert_left_by(done, out):
     """What a new run has on the disk when it is killed at the last of its operations, `done`."""
-    n_written = done.count("write history.jsonl")
+    n_written = done.count("write history.jsonl") + done[:-1].count("replace history.writing.jsonl")
     if done[-1] == "half history.jsonl":
         assert [line["epoch"] for line in read(out)] == list(range(1, n_written + 1))
     else:
@@ -200,8 +214,10 @@ def assert_left_by(done, out):
 def test_a_kill_at_every_operation_on_a_file(counting, script, data, whole, tmp_path):
     done = operations(counting, data, tmp_path / "0")
     assert_equal(result(tmp_path / "0"), whole(0))
-    assert done[-30:] == OF_AN_EPOCH * 3  # a kill does not tell whether the bytes reached the disk: fsync comes first
-    for k in range(1, len(done) - 10):  # the last epoch is as the one before
+    first_epoch = ["mkdir 0", *HISTORY, *CHECKPOINT]
+    assert done == first_epoch + OF_AN_EPOCH * 3 + MODEL  # a kill does not tell what has reached the disk: fsync first
+    last_epoch = range(len(first_epoch) + 21, len(done) - 5 + 1)
+    for k in sorted({*range(1, len(done) + 1)} - {*last_epoch}):  # the last epoch is as the one before
         out = tmp_path / f"{k}"
         assert_left_by(operations(counting, data, out, kill_at=k), out)
         assert_equal(train(0, script, data, out, *FLAGS, rank_env=RESTARTED), whole(0))
@@ -230,10 +246,13 @@ def test_a_kill_of_the_rank_that_writes(operation, counting, script, data, whole
 
 
 def assert_stopped(ranks, out, epoch, n_samples):
+    """In an epoch, after so many samples of it; or after it, with all of them."""
+    n_done, where = (epoch, "after") if n_samples == 100 else (epoch - 1, "in")
     assert codes(ranks) == [75] * len(ranks), ranks
-    assert lines_of(*(rank.stderr for rank in ranks)) == [f"stopped: in epoch {epoch}, as asked: go on with --resume"]
-    assert n_lines(out) == epoch - 1
-    assert progress(out) == (epoch - 1, n_samples)
+    line = f"stopped: {where} epoch {epoch}, as asked: go on with --resume"
+    assert lines_of(*(rank.stderr for rank in ranks)) == [line]
+    assert n_lines(out) == n_done
+    assert progress(out) == (n_done, n_samples % 100)
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -267,10 +286,20 @@ def test_stopped_twice_in_an_epoch(at, script, data, whole, tmp_path):
     assert_equal(train(2, script, data, out, *FLAGS, "--resume"), whole(2))
 
 
-def test_asked_to_stop_in_validation(at, script, data, whole, tmp_path):
-    out, stopping = tmp_path / "out", at("(rank, epoch) == (1, 2)", send(signal.SIGTERM), "validation")
-    assert_stopped(start_ranks(2, stopping, *paths(data, out), *FLAGS), out, 3, 0)  # epoch 2 is done, none of 3
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_asked_to_stop_at_the_end_of_an_epoch(where, at, script, data, whole, tmp_path):
+    moment = "(rank, epoch) == (1, 2)" + (" and i == 23" if where == "training" else "")
+    out, stopping = tmp_path / "out", at(moment, send(signal.SIGTERM), where)
+    assert_stopped(start_ranks(2, stopping, *paths(data, out), *FLAGS), out, 2, 100)
     assert_equal(train(2, script, data, out, *FLAGS, "--resume"), whole(2))
+
+
+def test_asked_to_stop_in_an_epoch_of_twenty_steps(at, script, data, tmp_path):
+    """After the last one nothing of the epoch is left: it is finished."""
+    out, stopping = tmp_path / "out", at("(epoch, i) == (2, 13)", send(signal.SIGTERM))
+    flags = ("--batch-size", 5, "--epochs", 3)
+    assert_stopped(start_ranks(0, stopping, *paths(data, out), *flags), out, 2, 100)
+    assert_equal(train(0, script, data, out, *flags, "--resume"), train(0, script, data, tmp_path / "whole", *flags))
 
 
 @pytest.mark.parametrize("where", ["training", "validation"])
@@ -284,6 +313,14 @@ def test_a_second_interrupt_ends_at_once(at, data, tmp_path):
     (rank,) = start_ranks(0, at("(epoch, i) == (2, 13)", f"{twice}; {twice}"), *paths(data, tmp_path / "out"), *FLAGS)
     assert rank.code == -signal.SIGINT
     assert n_lines(tmp_path / "out") == 1 and progress(tmp_path / "out") == (1, 0)
+
+
+@pytest.mark.parametrize("path", [SINGLE, DDP], ids=lambda path: path.stem)
+def test_an_interrupt_ends_the_other_scripts_without_a_traceback(path, data, tmp_path):
+    batches = "        batches = console.progress("
+    raising = changed(path, batches, "        raise KeyboardInterrupt\n" + batches, tmp_path / "at.py")
+    (rank,) = start_ranks(0, raising, *paths(data, tmp_path / "out"))
+    assert (rank.code, rank.stderr) == (130, "")
 
 
 @linux
@@ -313,7 +350,7 @@ def test_torchrun_names_the_rank_that_raised(at, data, tmp_path):
     assert done.returncode == 1
     assert re.findall(r"failed \(exitcode: 1\) local_rank: (\d)", done.stderr) == ["1"] * 2, done.stderr
     root_cause = done.stderr.rsplit("Root Cause", 1)[1]
-    assert re.search(r"rank +: 1 ", root_cause) and "until_stopped" in root_cause  # where it was raised
+    assert re.search(r"rank +: 1 ", root_cause) and "before_each_step" in root_cause  # where it was raised
     assert end - float(re.search(r"boom at ([\d.]+)", root_cause)[1]) < 30  # not the 300 s of --timeout
 
 
@@ -340,6 +377,19 @@ def test_training_that_diverges(n, rank, at, script, data, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("n", [0, 4])
+def test_training_that_diverges_in_an_epoch_that_was_cut(n, at, data, tmp_path):
+    """The step is counted from the start of the epoch."""
+    out = tmp_path / "out"
+    stopping = at("(rank, epoch, i) == (0, 2, 13)", send(signal.SIGTERM))
+    assert_stopped(start_ranks(n, stopping, *paths(data, out), *FLAGS), out, 2, 80)
+    diverging = at(f"(rank, i) == ({n // 2}, 3)", "batch = batch[0] * torch.inf, batch[1]")
+    ranks = start_ranks(n, diverging, *paths(data, out), *FLAGS, "--resume")
+    assert codes(ranks) == [2] * len(ranks), ranks
+    (line,) = lines_of(*(rank.stderr for rank in ranks))
+    assert line.startswith("error: epoch 2, step 24: ") and progress(out) == (1, 80)
+
+
 def test_training_that_diverges_and_is_asked_to_stop(at, data, tmp_path):
     diverging = at("(epoch, i) == (2, 13)", "batch = batch[0] * torch.inf, batch[1]; " + send(signal.SIGTERM))
     (rank,) = start_ranks(0, diverging, *paths(data, tmp_path), *FLAGS)
@@ -352,7 +402,7 @@ def test_training_that_diverges_and_is_asked_to_stop(at, data, tmp_path):
 
 @pytest.fixture
 def apart(script, tmp_path):
-    return changed(script, "        train(args, device)\n", "        args.out /= str(rank)\n        train(args, device)\n", tmp_path / "apart.py")  # fmt: skip
+    return changed(script, "        train(args, device)", "        args.out /= str(rank)\n        train(args, device)", tmp_path / "apart.py")  # fmt: skip
 
 
 @pytest.mark.parametrize("others", ["nothing", "another run"])

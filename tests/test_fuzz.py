@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, configuration, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from ddp_tutorial import checkpoint
+from ddp_tutorial.ranks import checkpoint
 from tests import ranks
 from tests.ranks import changed, free_port, result, save_data, start_ranks
 
@@ -34,8 +34,8 @@ configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
 EXAMPLES = {"data": 180, "flags": 120, "checkpoint": 120, "history": 60, "environment": 100, "meeting": 4}
 HUNT = os.environ.get("FUZZ_EXAMPLES")
 GROUPS = 6  # of ranks that try to meet at the same time: most of them wait for --timeout
-MISTAKE = re.compile(r"ddp_sample\.py: error: .{4,}: [a-z]+ .+")  # what and where: what to do
-NOTE = re.compile(r".+: damaged \(.+\): checkpoint\.previous\.pt is whole")
+MISTAKE = re.compile(r"ddp_resilient\.py: error: .{4,}: [a-z]+ .+")  # what and where: what to do
+NOTE = re.compile(r".+: damaged \(.+\): checkpoint\.previous\.pt is whole|warning: .{9,}: look for [a-z]+ .+")
 TORCH_LOG = re.compile(
     r"\[[WE]\d+ |Exception raised from |frame #\d+: |<omitting python frames>|$"
 )  # of C++, when ranks do not meet
@@ -86,8 +86,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def case_script(script, tmp_path_factory):
     """The script, in a working directory of the case's own."""
-    copy = tmp_path_factory.mktemp("script") / "ddp_sample.py"
-    return changed(script, "import os\n", 'import os\n\nos.chdir(os.environ["CASE"])\n', copy)
+    copy = tmp_path_factory.mktemp("script") / script.name
+    return changed(script, "\nimport torch\n", '\nos.chdir(os.environ["CASE"])\nimport torch\n', copy)
 
 
 @pytest.fixture(scope="module")
@@ -639,7 +639,12 @@ def test_a_served_process_ends_as_a_real_one(served, script, data, tmp_path):
 
 
 def test_what_a_served_process_must_not_do_is_seen():
-    for code, stderr in [(0, "a warning\n"), (1, "Traceback"), (2, ""), (2, "ddp_sample.py: error: what: do it\n" * 2)]:
+    for code, stderr in [
+        (0, "a warning\n"),
+        (1, "Traceback"),
+        (2, ""),
+        (2, "ddp_resilient.py: error: what: do it\n" * 2),
+    ]:
         with pytest.raises(AssertionError):
             trained(ranks.Rank(code, "", stderr))
 

@@ -1,4 +1,4 @@
-"""The model, its standardization, the loop of an epoch, and what the script's default flags make of hard data."""
+"""The model, its standardization, the loop of an epoch, and what the scripts' default flags make of hard data."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from torch.nn.functional import linear, nll_loss, one_hot, softmax
 
 from ddp_tutorial.model import SimpleModel, Standardize
 from ddp_tutorial.training import evaluate, train_one_epoch
-from tests.ranks import save_data, start_ranks, train
+from tests.ranks import DDP, RESILIENT, SINGLE, save_data, start_ranks, train
 
 CPU = torch.device("cpu")
 
@@ -27,12 +27,13 @@ def batches(x, y, size):
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-def test_the_model_is_a_linear_layer_and_a_softmax(problem, script):
+@pytest.mark.parametrize("path", [SINGLE, DDP, RESILIENT], ids=lambda path: path.stem)
+def test_the_model_is_a_linear_layer_and_a_softmax(path, problem):
     model, x, _ = problem
     expected = softmax(linear(x, model.linear.weight, model.linear.bias), dim=1)
-    torch.testing.assert_close(model.probabilities(x), expected)
     torch.testing.assert_close(model(x), expected.log())
-    in_script = runpy.run_path(str(script))["SimpleModel"](5, 3)
+    in_script = runpy.run_path(str(path))["SimpleModel"](5, 3)  # the reader's copy must not drift from ours
+    assert list(in_script.state_dict()) == list(model.state_dict())
     in_script.load_state_dict(model.state_dict())
     assert torch.equal(in_script(x), model(x))
 
@@ -45,7 +46,7 @@ def test_large_scores_stay_finite(problem):
 def test_the_gradient_is_the_closed_form(problem):
     model, x, y = problem
     nll_loss(model(x), y).backward()
-    residual = model.probabilities(x).detach() - one_hot(y, 3)
+    residual = model(x).exp().detach() - one_hot(y, 3)
     torch.testing.assert_close(model.linear.weight.grad, residual.T @ x / len(x))
     torch.testing.assert_close(model.linear.bias.grad, residual.mean(0))
 
@@ -89,8 +90,9 @@ def test_standardize_bounds_the_curvature(features, n_classes):
 def test_train_one_epoch_counts_each_sample_once(problem):
     model, x, y = problem
     frozen = torch.optim.SGD(model.parameters(), lr=0.0)
-    loss_sum, n_samples = train_one_epoch(model, batches(x, y, 16), frozen, CPU).tolist()  # 16, 16, 16, 2
-    assert n_samples == 50
+    steps = train_one_epoch(model, batches(x, y, 16), frozen, CPU)
+    assert steps.dtype == torch.float64 and steps[:, 1].tolist() == [16, 16, 16, 2]
+    loss_sum = steps[:, 0].sum().item()
     assert loss_sum == pytest.approx(nll_loss(model(x), y, reduction="sum").item(), rel=1e-6)
 
 
@@ -98,15 +100,15 @@ def test_train_one_epoch_takes_the_steps_of_sgd(problem):
     model, x, y = problem
     twin = SimpleModel(5, 3)
     twin.load_state_dict(model.state_dict())
-    expected = 0.0
+    expected = []
     for part_x, part_y in batches(x, y, 16):
         loss = nll_loss(twin(part_x), part_y)
-        expected += loss.item() * len(part_y)
+        expected.append(loss.item() * len(part_y))
         for p, gradient in zip(twin.parameters(), torch.autograd.grad(loss, list(twin.parameters())), strict=True):
             p.data -= 0.5 * gradient
     model.eval()
-    sums = train_one_epoch(model, batches(x, y, 16), torch.optim.SGD(model.parameters(), lr=0.5), CPU)
-    assert sums[0].item() == pytest.approx(expected, rel=1e-6)
+    steps = train_one_epoch(model, batches(x, y, 16), torch.optim.SGD(model.parameters(), lr=0.5), CPU)
+    assert steps[:, 0].tolist() == pytest.approx(expected, rel=1e-6)  # each before its step
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
     assert model.training
 
@@ -118,26 +120,24 @@ def test_an_epoch_in_two_parts_is_one_epoch(problem):
     twin.load_state_dict(model.state_dict())
     whole = train_one_epoch(model, batches(x, y, 4), torch.optim.SGD(model.parameters(), lr=0.5), CPU)
     optimizer, parts = torch.optim.SGD(twin.parameters(), lr=0.5), batches(x, y, 4)
-    first = train_one_epoch(twin, parts[:5], optimizer, CPU)
-    assert first[1] == 20
-    assert torch.equal(train_one_epoch(twin, [], optimizer, CPU, first), first)
-    assert torch.equal(train_one_epoch(twin, parts[5:], optimizer, CPU, first.tolist()), whole)
+    halves = [train_one_epoch(twin, half, optimizer, CPU) for half in (parts[:5], parts[5:])]
+    assert torch.equal(torch.cat(halves), whole)
     assert torch.equal(twin.linear.weight, model.linear.weight)
 
 
 @pytest.mark.parametrize("bad", [0, 7, 12])
-def test_the_number_of_samples_stops_at_a_loss_that_is_not_finite(bad, problem):
+def test_the_first_loss_that_is_not_finite_has_its_row(bad, problem):
     model, x, y = problem
     parts = batches(x, y, 4)
     parts[bad][0][0, 0] = torch.nan
-    loss_sum, n_samples = train_one_epoch(model, parts, torch.optim.SGD(model.parameters(), lr=0.5), CPU).tolist()
-    assert math.isnan(loss_sum) and n_samples == 4 * bad
+    steps = train_one_epoch(model, parts, torch.optim.SGD(model.parameters(), lr=0.5), CPU)
+    assert steps[:, 0].isfinite().tolist() == [True] * bad + [False] * (13 - bad)
 
 
 def test_the_loss_falls(problem):
     model, x, y = problem
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    seen = [train_one_epoch(model, batches(x, y, 50), optimizer, CPU)[0].item() for _ in range(10)]
+    seen = [train_one_epoch(model, batches(x, y, 50), optimizer, CPU)[0, 0].item() for _ in range(10)]
     assert all(later < earlier for earlier, later in zip(seen, seen[1:], strict=False))
 
 
@@ -178,11 +178,55 @@ def test_many_correlated_features_with_an_offset(script, tmp_path):
     assert history[-1]["val_loss"] < 0.6 * math.log(5)
 
 
-@pytest.mark.parametrize("n", [0, 4])
-def test_divergence_names_the_remedy(n, script, small, tmp_path):
-    ranks = start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out", "--lr", 9e37)
+DIVERGED = r"the loss is not finite, .*: use a smaller --lr"
+
+
+def divergence(path, ranks):
+    """What the one line says that ends diverging ranks."""
     assert [rank.code for rank in ranks] == [2] * len(ranks), ranks
     (line,) = "".join(rank.stderr for rank in ranks).splitlines()
-    assert re.fullmatch(
-        r"ddp_sample\.py: error: epoch \d+, step 1: the loss is not finite, .*: use a smaller --lr", line
-    )
+    return line.removeprefix(f"{path.name}: error: ")
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_divergence_names_the_step_and_the_remedy(n, script, small, tmp_path):
+    ranks = start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out", "--lr", 9e37)
+    assert re.fullmatch(r"epoch \d+, step 1: " + DIVERGED, divergence(script, ranks))
+
+
+@pytest.mark.parametrize("path, n", [(SINGLE, 0), (DDP, 0), (DDP, 4)], ids=["single", "ddp_alone", "ddp_four_ranks"])
+def test_divergence_names_the_epoch_and_the_remedy(path, n, small, tmp_path):
+    ranks = start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out", "--lr", 9e37)
+    assert re.fullmatch(r"epoch \d+: " + DIVERGED, divergence(path, ranks))
+
+
+# No run ends in silence
+
+
+def test_a_run_that_an_outlier_spoils_says_why_before_and_after(single, ddp, script, gaussian, tmp_path):
+    arrays = {path.stem: np.load(path) for path in gaussian.glob("*.npy")}
+    arrays["X_train"][2000] = 1e4
+    data = save_data(tmp_path / "data", **arrays)
+    for path, n in ((single, 0), (ddp, 2), (script, 2)):
+        flags = ("--data-dir", data, "--out", tmp_path / path.stem, "--epochs", 2)
+        first, *others = start_ranks(n, path, *flags)
+        assert first.code == 0 and {(rank.code, rank.stderr) for rank in others} <= {(0, "")}, others
+        before, after = first.stderr.splitlines()
+        assert re.fullmatch(f"warning: {data}/X_train.npy: .* feature \\d+ .*: look for outliers, or clip them", before)
+        assert re.fullmatch(r"warning: a validation loss of 1\.\d+ is .* guessing \(1\.38\d+\): look for .*", after)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "digits"])
+def test_a_run_that_learns_has_no_warning(kind, single, request, tmp_path):
+    data = request.getfixturevalue(kind)
+    (rank,) = start_ranks(0, single, "--data-dir", data, "--out", tmp_path, "--epochs", 2)
+    assert (rank.code, rank.stderr) == (0, "")
+
+
+def test_labels_of_other_rows_are_warned_of(single, gaussian, tmp_path):
+    arrays = {path.stem: np.load(path) for path in gaussian.glob("*.npy")}
+    np.random.default_rng(0).shuffle(arrays["y_train"])
+    data = save_data(tmp_path / "data", **arrays)
+    (rank,) = start_ranks(0, single, "--data-dir", data, "--out", tmp_path / "out", "--epochs", 5)
+    (line,) = rank.stderr.splitlines()
+    assert rank.code == 0 and "labels that belong to other rows" in line

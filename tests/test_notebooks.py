@@ -1,7 +1,8 @@
 """The notebooks as stored: what a reader sees who runs nothing. That they run is nbmake's part."""
 
 import ast
-import importlib.util
+import difflib
+import inspect
 import re
 import statistics
 import subprocess
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 
-from ddp_tutorial.model import SimpleModel
-from ddp_tutorial.script import NOTEBOOK as SCRIPT_NOTEBOOK
-from ddp_tutorial.script import read_script, write_script
-from tests.readme_picture import PICTURE, stored_figure
+from ddp_tutorial import ranks
+from ddp_tutorial.show import notebook
+from ddp_tutorial.show.difference import difference, hunks
+from tests import readme_picture
+from tests.ranks import DDP, RESILIENT, SINGLE, changed
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -272,33 +273,158 @@ def test_broken_links_are_known(tmp_path):
     assert broken_links(path) == ["h.png", "b.md#no", "#none", "i.png", "k.md"]
 
 
-# The script
+# Sources
 
 
-@pytest.fixture(scope="module")
-def script(tmp_path_factory) -> Path:
-    """ddp_sample.py, as its cell has it."""
-    path = tmp_path_factory.mktemp("stored") / "ddp_sample.py"
-    write_script(path)
-    return path
+def program(cell) -> ast.Module:
+    """The Python of a code cell."""
+    return ast.parse("" if cell.source.startswith("%%") else re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.M))
+
+
+def calls(cell, name: str) -> list[ast.Call]:
+    """The calls of a function, by its full name, in a code cell."""
+    return [n for n in ast.walk(program(cell)) if isinstance(n, ast.Call) and ast.unparse(n.func) == name]
+
+
+def names_of(path: Path) -> dict:
+    """What a notebook imports of this package, by the names that it uses."""
+    names = {}
+    for cell in cells(path):
+        for node in program(cell).body:
+            if isinstance(node, ast.Import | ast.ImportFrom) and re.search(r"\bddp_tutorial\b", ast.unparse(node)):
+                exec(ast.unparse(node), names)
+    return names
+
+
+def shown(path: Path) -> list[tuple[list, str]]:
+    """What the cells of a notebook show with `notebook.source`, and what is stored of it."""
+    names, found = names_of(path), []
+    for cell in cells(path):
+        for call in calls(cell, "notebook.source"):
+            things = [eval(ast.unparse(argument), names) for argument in call.args]
+            found.append((things, "\n".join(map(text_of, cell.outputs))))
+    return found
+
+
+def invalid_sources(texts: list[str]) -> list[str]:
+    """The ```python blocks in texts that are not Python."""
+    wrong = []
+    for block in re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.M | re.S):
+        try:
+            compile(block, "block", "exec")
+        except SyntaxError:
+            wrong.append(block)
+    return wrong
+
+
+@over_notebooks
+def test_every_stored_source_is_python(path):
+    assert invalid_sources([text_of(output) for cell in cells(path) for output in cell.outputs]) == []
+
+
+def test_a_source_that_is_not_python_is_noticed():
+    good, bad = "class A:\n    def f(self):\n        pass\n", "class A:\ndef f(self):\npass\n"
+    assert invalid_sources([f"```python\n{good}```\n", f"text\n```python\n{bad}```"]) == [bad]
+
+
+@over_notebooks
+def test_every_stored_source_is_the_one_of_today(path):
+    for things, stored in shown(path):
+        assert stored.strip() == notebook.source(*things).data, things
+
+
+def test_chapters_show_sources():
+    assert sum(len(shown(path)) for path in CHAPTERS) >= 10
+
+
+def not_shown(public: dict, things: list) -> list[str]:
+    """The names whose source is not shown: a function's or a class's own, or that of every method of the class."""
+
+    def is_shown(thing) -> bool:
+        methods = (
+            [value for value in vars(thing).values() if inspect.isfunction(value)] if inspect.isclass(thing) else []
+        )
+        return thing in things or bool(methods) and all(method in things for method in methods)
+
+    return [name for name, thing in public.items() if not is_shown(thing)]
+
+
+def test_every_public_name_of_ranks_is_shown_with_its_source():
+    things = [thing for path in CHAPTERS for shown_things, _ in shown(path) for thing in shown_things]
+    assert not_shown({name: getattr(ranks, name) for name in ranks.__all__}, things) == []
+
+
+def test_what_is_not_shown_is_known():
+    class Pair:
+        def one(self): ...
+
+        def two(self): ...
+
+    public = {"Pair": Pair, "cells": cells}
+    assert not_shown(public, [Pair, cells]) == not_shown(public, [Pair.one, Pair.two, cells]) == []
+    assert not_shown(public, [Pair.one]) == ["Pair", "cells"]
+
+
+@pytest.mark.parametrize("number, old, new", [("04", SINGLE, DDP), ("07", DDP, RESILIENT)], ids=["04", "07"])
+def test_the_chapter_shows_each_difference_as_it_is(number, old, new):
+    (path,) = [path for path in CHAPTERS if path.name.startswith(number)]
+    seen = set()
+    for cell in cells(path):
+        for call in calls(cell, "difference"):
+            *files, numbers = *(argument.value for argument in call.args[:2]), [n.value for n in call.args[2:]]
+            assert files == [old.name, new.name]
+            stored = "\n".join(map(text_of, cell.outputs))
+            assert stored.strip() == difference(old, new, *numbers).data, cell.source
+            seen |= {*(numbers or range(1, len(hunks(old, new)) + 1))}
+    assert sorted(seen) == list(range(1, len(hunks(old, new)) + 1))
+
+
+# The scripts
+
+WRITTEN = {"03": SINGLE, "04": DDP, "07": RESILIENT}
+
+
+def drift(path: Path, script: Path) -> list[str]:
+    """Where the file that a notebook's cell writes and the script differ."""
+    texts = (notebook.written_file(path, script.name), script.read_text())
+    return list(difflib.unified_diff(*(text.splitlines(keepends=True) for text in texts), "cell", "file"))
+
+
+@pytest.mark.parametrize("number", WRITTEN)
+def test_a_script_is_as_its_cell_writes_it(number):
+    (path,) = [path for path in CHAPTERS if path.name.startswith(number)]
+    assert drift(path, WRITTEN[number]) == []
+
+
+def test_a_script_that_differs_is_noticed(tmp_path):
+    (path,) = [path for path in CHAPTERS if path.name.startswith("03")]
+    copy = changed(SINGLE, "momentum=0.9", "momentum=0.8", tmp_path / SINGLE.name)
+    assert [line for line in drift(path, copy)[3:] if line[0] != " "] != []
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check", "--diff"]], ids=lambda command: command[0])
-def test_script_is_clean(script, command):
-    command = [sys.executable, "-m", "ruff", *command, "--config", ROOT / "pyproject.toml", script]
+def test_scripts_are_clean(command):
+    command = [sys.executable, "-m", "ruff", *command, "--config", ROOT / "pyproject.toml", *WRITTEN.values()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_script_is_short_and_complete(script):
-    text = script.read_text()
-    assert len(text.splitlines()) <= 180
-    words = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "nccl", "destroy_process_group", "set_device"]
-    assert [word for word in [*words, "DistributedDataParallel", "class SimpleModel"] if word not in text] == []
+@pytest.mark.parametrize("path", [DDP, RESILIENT], ids=lambda path: path.stem)
+def test_script_is_complete(path):
+    words = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "nccl", "gloo", "init_process_group", "destroy_process_group"]
+    words += ["set_device", "DistributedDataParallel", "class SimpleModel"]
+    assert [word for word in words if word not in path.read_text()] == []
+
+
+def test_the_canonical_pieces_are_used_in_the_canonical_way():
+    text = DDP.read_text()
+    pieces = ["DistributedSampler(train_set, world_size, rank,", "DataLoader(train_set, batch_size, sampler=sampler,"]
+    pieces += ["sampler.set_epoch(epoch)", "= DistributedDataParallel(model)", "dist.all_reduce(sums)", "if rank == 0:"]
+    assert [piece for piece in pieces if piece not in text] == []
 
 
 def uncommented_ddp_lines(text: str) -> list[str]:
-    """The lines of a program that name something of DDP's and do not end in `# DDP: why`.
+    """The lines of a program that name something of DDP's and do not end in `# DDP: why`, or `# survive: why`.
 
     What a message says of ranks (an f-string's fields) does not count.
     """
@@ -319,11 +445,16 @@ def uncommented_ddp_lines(text: str) -> list[str]:
 
     visit(ast.parse(text))
     lines = text.splitlines()
-    return [lines[n - 1] for n in sorted(found) if not re.search(r"# DDP: \S.*\s\S", lines[n - 1])]
+    return [lines[n - 1] for n in sorted(found) if not re.search(r"# (DDP|survive): \S.{5,}", lines[n - 1])]
 
 
-def test_every_ddp_line_says_why(script):
-    assert uncommented_ddp_lines(script.read_text()) == []
+@pytest.mark.parametrize("path", [DDP, RESILIENT], ids=lambda path: path.stem)
+def test_every_ddp_line_says_why(path):
+    assert uncommented_ddp_lines(path.read_text()) == []
+
+
+def test_the_script_of_one_process_has_no_ddp_line():
+    assert uncommented_ddp_lines(SINGLE.read_text()) == [] and "DDP" not in SINGLE.read_text()
 
 
 @pytest.mark.parametrize(
@@ -344,25 +475,7 @@ def test_ddp_lines_are_known(line):
     assert uncommented_ddp_lines(f"import sys\n{line.split('  #')[0]}  # DDP: for a reason\n") == []
 
 
-def test_script_has_the_package_model(script):
-    """The script's `SimpleModel` is the reader's copy; it must not drift from the one that the chapters explain."""
-    spec = importlib.util.spec_from_file_location("stored_ddp_sample", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    ours, theirs = SimpleModel(5, 3), module.SimpleModel(5, 3)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(ours(x), theirs(x))
-
-
-def test_the_pieces_in_the_text_are_lines_of_the_script():
-    text = "\n".join(cell.source for cell in cells(SCRIPT_NOTEBOOK, "markdown"))
-    pieces = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    script = set(read_script().splitlines())
-    assert len(pieces) >= 6
-    assert [line for piece in pieces for line in piece.splitlines() if line not in script] == []
-
-
-def test_the_readme_shows_the_figure_of_the_notebook():
-    assert PICTURE.read_bytes() == stored_figure(), "run python -m tests.readme_picture"
+@pytest.mark.parametrize("name", readme_picture.TITLES)
+def test_the_readme_shows_the_figures_of_the_notebook(name):
+    picture = readme_picture.picture(name).read_bytes()
+    assert picture == readme_picture.stored_figure(name), "run python -m tests.readme_picture"

@@ -1,33 +1,51 @@
 """After destroy_process_group no thread of gloo is left, which could abort a rank that has done its work."""
 
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.ranks import changed, start_ranks
+import ddp_tutorial
+from tests.ranks import DDP, RESILIENT, changed, start_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads thread names from /proc")
+EARLY_IMPORT = "import torch.distributed.nn.functional"
 
-REPORT_THREADS = """    try:
+REPORT_THREADS = """from pathlib import Path
+
+
+def and_report(main):
+    try:
         main()
     finally:
         names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
         print("threads:", *names, sep="|", flush=True)
+
+
 """
+MAIN = {DDP: "console.run(main)", RESILIENT: "main()  # survive"}
+REPORTING_MAIN = {DDP: "and_report(lambda: console.run(main))", RESILIENT: "and_report(main)  #"}
 
 
-def gloo_threads(script, data, tmp_path, lr=1, codes=(0,)):
-    """The names of gloo's threads left on each of two fresh ranks, which are to leave with one of `codes`."""
-    reporting = changed(script, '"__main__":\n    main()', '"__main__":\n' + REPORT_THREADS, tmp_path / "reporting.py")
+def gloo_threads(script, data, tmp_path, lr=1, codes=(0,), package=None):
+    """The names of gloo's threads left on each of two fresh ranks, which are to leave with one of `codes`.
+
+    With `package`, they import `ddp_tutorial` from that folder.
+    """
+    main = 'if __name__ == "__main__":\n    '
+    copy = changed(script, main + MAIN[script], REPORT_THREADS + main + REPORTING_MAIN[script], tmp_path / script.name)
     flags = ("--data-dir", data, "--out", tmp_path / "out", "--lr", lr, "--epochs", 50, "--device", "cpu")
-    ranks = start_ranks(2, reporting, *flags, fork=False)  # a forked rank inherits the import that is at stake
+    rank_env = {rank: {"PYTHONPATH": package} for rank in range(2)} if package else None
+    ranks = start_ranks(2, copy, *flags, fork=False, rank_env=rank_env)  # a forked rank inherits the early import
     assert all(rank.code in codes for rank in ranks), ranks
     said = [rank.stdout.splitlines()[-1].split("|") for rank in ranks]
     assert all(title == "threads:" and names for title, *names in said), ranks
     return [sorted(name for name in names if "gloo" in name) for names in said]
 
 
+@pytest.mark.parametrize("script", [DDP, RESILIENT], ids=["ddp", "resilient"])
 def test_no_gloo_thread_is_left(script, small, tmp_path):
     assert gloo_threads(script, small, tmp_path) == [[], []]
 
@@ -37,9 +55,24 @@ def test_no_gloo_thread_is_left_by_a_mistake_in_training(script, small, tmp_path
     assert gloo_threads(script, small, tmp_path, lr=9e37, codes=(2,)) == [[], []]
 
 
+def test_a_mistake_in_training_ends_a_rank_at_once(ddp, small, tmp_path):
+    """The script that shows DDP leaves its group to the system then: a shutdown could abort, one of fifty did."""
+    at_exit = 'import atexit\n\natexit.register(print, "shut down")\n\n\nclass SimpleModel'
+    copy = changed(ddp, "class SimpleModel", at_exit, tmp_path / ddp.name)
+    flags = ("--data-dir", small, "--out", tmp_path / "out", "--device", "cpu")
+    said = {}
+    for lr, epochs in ((1, 1), (9e37, 50)):
+        ranks = start_ranks(2, copy, *flags, "--lr", lr, "--epochs", epochs, fork=False)
+        said[lr] = [(rank.code, "shut down" in rank.stdout) for rank in ranks]
+    assert said == {1: [(0, True)] * 2, 9e37: [(2, False)] * 2}
+
+
+@pytest.mark.parametrize("script", [DDP, RESILIENT], ids=["ddp", "resilient"])
 def test_they_are_left_without_the_early_import(script, small, tmp_path):
-    """If this fails, torch has cured it, and the script can lose a line."""
-    line = "import torch.distributed.nn.functional"
-    late = changed(script, line, "#" + line, tmp_path / "late.py")
+    """If this fails, torch has cured it, and the package can lose a line."""
+    package = tmp_path / "late" / "ddp_tutorial"
+    shutil.copytree(Path(ddp_tutorial.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    changed(package / "__init__.py", EARLY_IMPORT, f"WITHOUT = {EARLY_IMPORT!r}", package / "__init__.py")
     codes = (0, -signal.SIGABRT)  # now and then such a thread aborts its rank: that is the defect
-    assert all("pt_gloo_runloop" in names for names in gloo_threads(late, small, tmp_path, codes=codes))
+    names = gloo_threads(script, small, tmp_path, codes=codes, package=package.parent)
+    assert all("pt_gloo_runloop" in rank for rank in names)

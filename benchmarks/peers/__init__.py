@@ -65,9 +65,10 @@ def loaders(args: argparse.Namespace, batch_size: int) -> tuple[DataLoader, Data
 def new_model(args: argparse.Namespace) -> nn.Module:
     """The model that `ddp_sample.py` starts with, to the last bit."""
     train_set, _ = load_splits(args.data_dir)
-    mean, std = train_set.standardization(train_set.moments())
     torch.manual_seed(args.seed)
-    return nn.Sequential(Standardize(mean, std), SimpleModel(train_set.n_features, train_set.n_classes))
+    return nn.Sequential(
+        Standardize(train_set.mean, train_set.std), SimpleModel(train_set.n_features, train_set.n_classes)
+    )
 
 
 def sums_of(log_p: Tensor, y: Tensor) -> Tensor:

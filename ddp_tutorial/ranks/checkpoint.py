@@ -201,6 +201,8 @@ def restore(
     raise CheckpointError(f"{file}: made with {differs[0]}: resume with the same, or start without --resume")
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None = None) -> tuple[int, Tensor]:
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None = None
+) -> tuple[int, Tensor]:
     """What a run in one process does to resume: `find` and `restore`. Raises `CheckpointError`."""
     return restore(find(path, resume=True, restarted=False), model, optimizer, settings)

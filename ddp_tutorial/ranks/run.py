@@ -110,16 +110,18 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are left. The sampler leaves out what the first one has done already."""
-        for self.epoch in range(self.epoch + 1, self.n_epochs + 1):
+        for epoch in range(self.epoch + 1, self.n_epochs + 1):
+            self.epoch = epoch
             self.sampler.n_done = int(self.sums[1]) // self.sampler.num_replicas
-            self.sampler.set_epoch(self.epoch)
-            yield self.epoch
+            self.sampler.set_epoch(epoch)
+            yield epoch
 
     def batches(self, loader: Iterable) -> Iterator:
         """The batches of `loader`, up to a step at which the ranks agree to stop."""
-        with torch.random.fork_rng(devices=[]):  # a loader draws a seed: not from the numbers that a checkpoint holds
-            batches = iter(loader)
-        for n_steps, batch in enumerate(batches, 1):
+        random_numbers = torch.get_rng_state()
+        for n_steps, batch in enumerate(loader, 1):
+            if n_steps == 1:  # a loader draws a seed as it starts: not from the numbers that a checkpoint holds
+                torch.set_rng_state(random_numbers)
             yield batch
             if n_steps % STEPS_BETWEEN == 0 and n_steps < len(loader) and self.stop.on_any_rank():
                 self.in_the_middle = True  # of the epoch, on all ranks

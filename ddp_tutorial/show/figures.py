@@ -36,36 +36,23 @@ def use_style() -> None:
     )
 
 
-def loss_curves(
-    curves: Mapping[str, Sequence[float]],
-    title: str,
-    floors: Mapping[str, float] | None = None,
-    ylabel: str = "validation loss (nats)",
-) -> Figure:
-    """Losses against the epoch, from 1 on. Equal curves stay visible: the first is broad, the later ones dashed.
-
-    `floors` has, for some of the curves, the loss of the true probabilities on the same samples.
-    """
+def loss_curves(curves: Mapping[str, Sequence[float]], floors: Mapping[str, float], title: str) -> Figure:
+    """Losses (nats) against the epoch, from 1 on; `floors` has the loss of the true probabilities on the same samples."""
     figure, ax = plt.subplots()
-    styles = ({"lw": 7, "alpha": 0.35}, {"lw": 3}, {"lw": 2, "ls": (0, (4, 3))}, {"lw": 1.5, "ls": ":"})
-    for (label, losses), style, color in zip(curves.items(), styles[len(curves) < 3 :], COLORS, strict=False):
-        ax.plot(range(1, len(losses) + 1), losses, color=color, label=label, **style)
-        if floor := (floors or {}).get(label):
-            ax.axhline(floor, color=color, lw=1.2, ls=(0, (6, 2, 1, 2)), label=f"floor of {label}: {floor:.4f}")
-    ax.set(title=title, xlabel="epoch", ylabel=ylabel)
+    for (label, losses), color, line in zip(curves.items(), COLORS, ("-", (0, (4, 1.5))), strict=False):
+        ax.plot(range(1, len(losses) + 1), losses, color=color, ls=line, label=label)
+        ax.axhline(floors[label], color=color, lw=1.2, ls=(0, (6, 2, 1, 2)), label=f"its floor: {floors[label]:.4f}")
+    ax.set(title=title, xlabel="epoch", ylabel="loss (nats)")
     ax.legend(loc="upper right")
     return figure
 
 
-def bars(values: Mapping[str, float], title: str, xlabel: str, log: bool = True) -> Figure:
+def bars(values: Mapping[str, float], title: str, xlabel: str) -> Figure:
     """Horizontal bars, each with its value to two digits."""
     figure, ax = plt.subplots(figsize=(7, 0.8 + 0.5 * len(values)))
     drawn = ax.barh(list(values), list(values.values()), color=COLORS[0], height=0.6)
     ax.bar_label(drawn, labels=[f"{float(f'{v:.2g}'):,.0f}" for v in values.values()], padding=4)
-    if log:
-        ax.set_xscale("log")
-    limits = (min(values.values()) / 3, max(values.values()) * 4) if log else (0, max(values.values()) * 1.1)
-    ax.set(title=title, xlabel=xlabel, xlim=limits)
+    ax.set(title=title, xlabel=xlabel, xlim=(0, max(values.values()) * 1.1))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return figure
@@ -92,24 +79,59 @@ def decision_regions(predict, x: np.ndarray, y: np.ndarray, title: str) -> Figur
     return figure
 
 
-def sample_assignment(ranks: np.ndarray, title: str, xlabel: str, ylabel: str) -> Figure:
-    """Which rank (0 to 3) reads each cell of `ranks` (rows, columns); the number stands in the cell."""
-    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.38 * len(ranks)))
-    ax.imshow(ranks, cmap=ListedColormap(COLORS), vmin=0, vmax=3, aspect="auto", alpha=0.8)
-    for (row, column), rank in np.ndenumerate(ranks):
-        ax.text(column, row, rank, ha="center", va="center", color="white" if rank < 2 else "black")
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=range(0, ranks.shape[1], 4), yticks=range(len(ranks)))
-    ax.grid(visible=False)
+def dealt_samples(shares: Mapping[str, np.ndarray], per_step: int, title: str) -> Figure:
+    """For each label, such as "epoch 1", each rank's samples in its order, (ranks, samples); a frame is a step's batch."""
+    figure, axes = plt.subplots(len(shares), figsize=(8, 1.6 * len(shares)), sharex=True)
+    for ax, (label, share) in zip(axes, shares.items(), strict=True):
+        for (rank, i), sample in np.ndenumerate(share):
+            _cell(ax, i + 0.03, rank + 0.05, sample, COLORS[rank])
+        for i in range(0, share.shape[1], per_step):
+            ax.add_patch(plt.Rectangle((i, 0), per_step, len(share), fill=False, lw=2.5, ec="black", clip_on=False))
+        ax.set(xlim=(0, share.shape[1]), ylim=(len(share), 0), ylabel=label, xticks=[])
+        ax.set_yticks(np.arange(len(share)) + 0.5, [f"rank {rank}" for rank in range(len(share))], size=8)
+        ax.tick_params(length=0)
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+    n_steps = share.shape[1] // per_step
+    ax.set_xticks((np.arange(n_steps) + 0.5) * per_step, [f"step {k + 1}" for k in range(n_steps)])
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
     return figure
 
 
-def times_by_size(sizes: Sequence[float], times: Mapping[str, Sequence[float]], title: str, ylabel: str) -> Figure:
-    """How long messages of some sizes (bytes) take, on logarithmic axes, a curve for each way to send them."""
-    figure, ax = plt.subplots()
-    for (label, values), color, marker in zip(times.items(), COLORS, MARKERS, strict=False):
-        ax.loglog(sizes, values, color=color, marker=marker, label=label)
-    ax.set(title=title, xlabel="bytes (logarithmic)", ylabel=ylabel)
-    ax.legend(loc="upper left")
+def ddp_picture(title: str) -> Figure:
+    """One step of DDP on four ranks: shards of a batch, replicas of a model, one averaged gradient."""
+    figure, ax = plt.subplots(figsize=(8, 4.2))
+    rows = {0.0: "64 samples\nof the batch of 256", 1.5: "replica of the model", 4.6: "step: the same\nnew weights"}
+    for rank, color in enumerate(COLORS):
+        x, ink = 2.5 * rank, "white" if rank < 2 else "black"
+        ax.text(x + 1.1, -0.2, f"rank {rank}", ha="center", weight="bold", size=9)
+        for y, text in rows.items():
+            ax.add_patch(plt.Rectangle((x, y), 2.2, 0.9, facecolor=color))
+            ax.text(x + 1.1, y + 0.45, text, ha="center", va="center", size=8.5, color=ink)
+        for start, end, text in ((0.9, 1.5, ""), (2.4, 3.1, f"  gradient $g_{rank}$"), (4.0, 4.6, "  the mean")):
+            ax.annotate("", (x + 1.1, end), (x + 1.1, start), arrowprops={"arrowstyle": "->", "lw": 1.5})
+            ax.text(x + 1.1, (start + end) / 2, text, va="center", size=8.5)
+    ax.add_patch(plt.Rectangle((0, 3.1), 9.7, 0.9, facecolor="#e4e4e4", edgecolor="black"))
+    mean = "backward() averages over the ranks (all-reduce):  $(g_0 + g_1 + g_2 + g_3)\\,/\\,4$"
+    ax.text(4.85, 3.55, mean, ha="center", va="center", size=9.5)
+    ax.set(xlim=(-0.1, 9.8), ylim=(5.6, -0.6), title=title)
+    ax.axis("off")
+    return figure
+
+
+def one_curve(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Validation losses against the epoch, and below how far each is from the first."""
+    figure, (top, bottom) = plt.subplots(2, figsize=(7, 4.6), sharex=True, height_ratios=(3, 2))
+    styles = ({"lw": 7, "alpha": 0.35}, {"lw": 2, "ls": (0, (4, 3))}, {"lw": 1.5, "ls": ":"})
+    first = np.array(next(iter(curves.values())))
+    for (label, losses), style, color, marker in zip(curves.items(), styles, COLORS, MARKERS, strict=False):
+        top.plot(epochs := range(1, len(losses) + 1), losses, color=color, label=label, **style)
+        if label != next(iter(curves)):
+            bottom.semilogy(epochs, np.abs(losses - first), marker, ms=4, color=color, label=label)
+    top.set(ylabel="validation loss (nats)", title=title)
+    bottom.set(xlabel="epoch", ylabel="distance from\none process (nats)", ylim=(1e-12, 1e-5))
+    top.legend(loc="upper right")
+    bottom.legend(loc="upper right", ncols=2)
     return figure
 
 

@@ -3,6 +3,7 @@
 import base64
 import inspect
 import io
+import json
 import os
 import re
 import subprocess
@@ -40,7 +41,7 @@ def sample_data(kind: str = "gaussian") -> Path:
     Raises `RuntimeError` if that fails.
     """
     folder = Path("data") / kind
-    command = [sys.executable, "-m", "data_gen", kind, "--out", str(folder), "--reuse"]
+    command = (sys.executable, "-m", "data_gen", kind, "--out", folder, "--reuse")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -54,10 +55,18 @@ def source(*things) -> Markdown:
     return Markdown("```python\n" + "\n\n\n".join(texts) + "\n```")
 
 
+def written_file(path: Path, name: str) -> str:
+    """The text of the file `name` that a `%%writefile` cell of the notebook `path` writes."""
+    magic = f"%%writefile {name}\n"
+    sources = ("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+    (text,) = (source for source in sources if source.startswith(magic))
+    return text.removeprefix(magic) + "\n"  # as %%writefile ends the file
+
+
 def fewer_colors(png: bytes, n: int) -> bytes:
     """A picture in at most `n` colours, as a smaller file."""
-    smaller = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(n, dither=Image.Dither.NONE).save(smaller, "png", optimize=True)
+    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(n, dither=Image.Dither.NONE)
+    picture.save(smaller := io.BytesIO(), "png", optimize=True)
     return smaller.getvalue()
 
 
@@ -65,8 +74,8 @@ def small_pictures() -> None:
     """Show this notebook's figures in at most 128 colours: the notebook becomes a third of the size."""
     import matplotlib_inline.backend_inline  # noqa: F401  # registers its own formatter, which is not to come later
 
-    formatter = get_ipython().display_formatter.formatters["image/png"]
-    formatter.for_type(Figure, lambda figure: fewer_colors(print_figure(figure), 128))
+    formatters = get_ipython().display_formatter.formatters
+    formatters["image/png"].for_type(Figure, lambda figure: fewer_colors(print_figure(figure), 128))
 
 
 def animation_html(animation: FuncAnimation) -> HTML:
