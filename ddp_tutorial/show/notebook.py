@@ -71,11 +71,11 @@ def fewer_colors(png: bytes, n: int) -> bytes:
 
 
 def small_pictures() -> None:
-    """Show this notebook's figures in at most 128 colours: the notebook becomes a third of the size."""
+    """Show this notebook's figures in at most 64 colours: the notebook becomes a third of the size."""
     import matplotlib_inline.backend_inline  # noqa: F401  # registers its own formatter, which is not to come later
 
     formatters = get_ipython().display_formatter.formatters
-    formatters["image/png"].for_type(Figure, lambda figure: fewer_colors(print_figure(figure), 128))
+    formatters["image/png"].for_type(Figure, lambda figure: fewer_colors(print_figure(figure), 64))
 
 
 def animation_html(animation: FuncAnimation) -> HTML:
