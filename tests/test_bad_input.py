@@ -148,18 +148,22 @@ FLAGS = {
     "seed": (["--seed", "-1"], "--seed", "--help"),
     "device": (["--device", "tpu"], "--device", "--help"),
     "no value": (["--out"], "--out", "--help"),
-    "resume": (["--resume"], "--resume", "--help"),
-    "resume nothing": (["--resume"], "checkpoint.pt", "without --resume"),
 }
 
 
 @EVERY_SCRIPT
 @pytest.mark.parametrize("case", FLAGS)
 def test_bad_flags(case, path, n, small, tmp_path):
-    if case == ("resume" if path == RESILIENT else "resume nothing"):
-        pytest.skip("this script answers otherwise")
     flags, names, remedy = FLAGS[case]
     assert_refused(start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out", *flags), names, remedy, path)
+
+
+@EVERY_SCRIPT
+def test_nothing_to_resume(path, n, small, tmp_path):
+    """The two scripts that show something else know no such flag."""
+    names, remedy = ("checkpoint.pt", "without --resume") if path == RESILIENT else ("--resume", "--help")
+    ranks = start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out", "--resume")
+    assert_refused(ranks, names, remedy, path)
 
 
 @EVERY_SCRIPT
@@ -175,12 +179,17 @@ def test_a_file_in_the_way_of_out(path, n, small, tmp_path):
     assert_refused(start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out"), "--out", "folder", path)
 
 
-@EVERY_SCRIPT
-@pytest.mark.parametrize("name", ["history.writing.jsonl", "checkpoint.writing.pt", "model.writing.pt"])
+WRITTEN = {  # by the programs that end all their ranks when one meets a full disk
+    program: ("history.writing.jsonl", *(["checkpoint.writing.pt"] if path == RESILIENT else []), "model.writing.pt")
+    for program, (path, n) in PROGRAMS.items()
+    if path == RESILIENT or n == 0
+}
+
+
+@pytest.mark.parametrize("program, name", [(program, name) for program, names in WRITTEN.items() for name in names])
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_the_disk_is_full(name, path, n, small, tmp_path):
-    if path != RESILIENT and (n or "checkpoint" in name):
-        pytest.skip("only one rank meets it, or none")
+def test_the_disk_is_full(program, name, small, tmp_path):
+    path, n = PROGRAMS[program]
     (tmp_path / name).symlink_to("/dev/full")
     ranks = start_ranks(n, path, "--data-dir", small, "--out", tmp_path, "--epochs", 2)
     ranks[0] = ranks[0]._replace(stderr=re.sub("^warning: .*\n", "", ranks[0].stderr))  # nothing can be learnt here

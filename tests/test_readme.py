@@ -59,6 +59,11 @@ def assert_shown(stdout: str) -> None:
     assert [line for line in shown.splitlines() if line != "..." and line not in lines] == []
 
 
+def test_the_difference_has_as_many_lines_as_said():
+    marked = re.findall("  # DDP: ", (ROOT / "notebooks" / "ddp_sample.py").read_text())
+    assert f"as a difference of {len(marked)} lines" in (ROOT / "README.md").read_text()
+
+
 def test_a_line_that_is_not_printed_is_noticed():
     with pytest.raises(AssertionError):
         assert_shown("1. Sample data: Gaussian classes\n3. Look\n")
