@@ -7,30 +7,25 @@ from matplotlib.patches import Patch
 from benchmarks.sections import OURS
 from ddp_tutorial.show import figures
 
-DATASETS = {"per sample": "a tensor per sample", "TensorDataset": "TensorDataset: an index per sample"}  # else a gather
-GATHER = "a gather per batch, as the script"
-STYLES = {GATHER: {"color": figures.COLORS[2]}}
-STYLES |= dict(
-    zip(DATASETS.values(), ({"color": figures.COLORS[0]}, {"color": figures.COLORS[1], "hatch": "//"}), strict=True)
-)
-
-
-def dataset_of(program: str) -> str:
-    """How a program of `sections.PEERS` gets its batches, by its name."""
-    return next((how for end, how in DATASETS.items() if program.endswith(end)), GATHER)
+HOW = {  # by the end of a program's name in `sections.PEERS`: how it gets its batches, and how that is drawn
+    "per sample": ("a tensor per sample", {"color": figures.COLORS[0]}),
+    "TensorDataset": ("TensorDataset: an index per sample", {"color": figures.COLORS[1], "hatch": "//"}),
+    "": ("a gather per batch, as the script", {"color": figures.COLORS[2]}),
+}
 
 
 def peers(rows: list[dict]) -> Figure:
     """How many times as long as the script each program takes for an epoch on one process."""
     figures.use_style()
-    ratios = {row["by"]: row["epoch, times ours"] for row in rows if (row["features"], row["ranks"]) == (20, 1)}
+    ratios = {row["by"]: row["epoch, times ours"] for row in rows if row["features"] == 20}
     del ratios[OURS]
     names = sorted(ratios, key=lambda name: ratios[name][0])
     figure, ax = plt.subplots(figsize=(9, 1.4 + 0.36 * len(names)))
     for y, name in enumerate(names):
         median, low, high = ratios[name]
-        style = {"edgecolor": "white", "ecolor": "#333333", "height": 0.65} | STYLES[dataset_of(name)]
-        ax.barh(y, median, xerr=[[median - low], [high - median]], **style)
+        style = next(style for end, (_, style) in HOW.items() if name.endswith(end))
+        error = {"xerr": [[median - low], [high - median]], "ecolor": "#333333"}
+        ax.barh(y, median, height=0.65, edgecolor="white", **error, **style)
         ax.text(high + 0.1, y, f"{median:.1f}", va="center")
     ax.axvline(1, color="#333333", lw=1.2, ls="--")
     ax.text(1, -0.75, f" {OURS} = 1", va="center", size=9)
@@ -41,5 +36,5 @@ def peers(rows: list[dict]) -> Figure:
     ax.set_yticks(range(len(names)), [name.removesuffix(", our Dataset") for name in names])
     ax.set(xlim=(0, 1.12 * max(high for *_, high in ratios.values())), ylim=(len(names) - 0.4, -1.1))
     ax.grid(axis="y", visible=False)
-    ax.legend(handles=[Patch(label=how, **style) for how, style in STYLES.items()], loc="upper right")
+    ax.legend(handles=[Patch(label=how, **style) for how, style in reversed(HOW.values())], loc="upper right")
     return figure

@@ -43,7 +43,8 @@ class History:
     def append(self, epoch: int, sums: Tensor, val_sums: Tensor, world_size: int = 1) -> None:
         """Add an epoch: its sums over all ranks, (2,) of `train_one_epoch` and (3,) of `evaluate`.
 
-        The line is on the disk when this returns. Raises `UserError`; then nothing of the line stays.
+        Its seconds count from the line before, the first line's from the start of the run. The line is on the disk when
+        this returns. Raises `UserError`; then nothing of the line stays.
         """
         (train_loss, n_train), (val_loss, n_correct, n_val) = sums.tolist(), val_sums.tolist()
         line = {"epoch": epoch, "train_loss": train_loss / n_train, "val_loss": val_loss / n_val}

@@ -1,6 +1,6 @@
 """What ranks do together to survive: meet, agree on mistakes, stop, go on. Chapter 7 shows each part with its source.
 
-Of the package, only this folder imports `torch.distributed`.
+Of the package, only this folder uses `torch.distributed`; the package's own `__init__.py` just imports a part of it early.
 """
 
 from ddp_tutorial.ranks.exchange import prepare_exchange
