@@ -1,15 +1,19 @@
 """What the repository says about itself, in several places, is one thing."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from tests.ranks import DDP, RESILIENT, SINGLE
 
@@ -17,8 +21,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONDA_NAMES = {"pytorch": "torch", "playwright-python": "playwright"}
 MACHINE_PATH = re.compile(r"(?<![\w.~}-])/(home|tmp|root|work|Users|opt)/|\b[A-Z]:\\+(Users|Program)")
-FOLDERS = (".ci", ".github", "benchmarks", "data_gen", "ddp_tutorial", "notebooks", "tests")
-MADE = {"__pycache__", ".ipynb_checkpoints", "data", "runs", "images"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FOLDERS = (".ci", ".github", "benchmarks", "data_gen", "ddp_tutorial", "docs", "notebooks", "tests")
+MADE = {"__pycache__", ".ipynb_checkpoints", "_build", "data", "runs", "images"}
 
 
 def split(requirement: str) -> tuple[str, frozenset[str]]:
@@ -28,14 +34,13 @@ def split(requirement: str) -> tuple[str, frozenset[str]]:
 
 
 def test_conda_and_pip_install_the_same():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert conda[-2:] == ["pip", {"pip": ["-e ."]}]
-    extras = project["optional-dependencies"]
+    extras = PROJECT["optional-dependencies"]
     own, *test = extras["test"]
-    assert (own, set(extras)) == ("ddp-tutorial[bench]", {"bench", "test"})
-    pip = project["dependencies"] + extras["bench"] + test
-    pip.append("python" + project["requires-python"])
+    assert (own, set(extras)) == ("ddp-tutorial[bench,docs]", {"bench", "docs", "test"})
+    pip = PROJECT["dependencies"] + extras["bench"] + extras["docs"] + test
+    pip.append("python" + PROJECT["requires-python"])
     assert dict(map(split, conda[:-2])) == dict(map(split, pip))
     assert len(conda[:-2]) == len(pip)
 
@@ -45,20 +50,227 @@ def test_every_conda_package_says_why():
     assert [line for line in lines if not re.search(r"  # \w.* ", line) and line.strip() != "- pip:"] == []
 
 
-def test_ci_runs_the_commands_of_the_readme():
+INSTALL_AND_START = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m ddp_tutorial"
+INSTALL_TESTS = 'python3 -m venv .venv && .venv/bin/pip install -e ".[test]"'
+QUICK, SLOW = ".venv/bin/pytest --nbmake", ".venv/bin/pytest --nbmake -m slow"
+
+
+def test_the_readme_says_how_to_start_and_to_test():
     commands = re.findall(r"^python3 -m venv .*$", "\n".join(re.findall(r"^```.*?^```", README, re.M | re.S)), re.M)
-    assert commands == [
-        "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m ddp_tutorial",
-        'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/pytest --nbmake',
+    assert commands == [INSTALL_AND_START, f"{INSTALL_TESTS} && {QUICK}"]
+    assert f"`{SLOW}` runs the rest" in README
+
+
+def runs(workflow: str) -> dict[str, list[str]]:
+    """The shell commands of each job of a workflow."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / workflow).read_text())["jobs"]
+    return {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
+
+
+def test_github_runs_the_commands_of_the_readme():
+    assert runs("test.yml") == {
+        "quick": [INSTALL_AND_START, f"{INSTALL_TESTS} && {QUICK}"],
+        "slow": [f"{INSTALL_TESTS} && {SLOW}"],
+    }
+    install, upgrade, _, test = runs("weekly.yml")["newest-torch"]
+    assert (install, upgrade, test) == (INSTALL_TESTS, ".venv/bin/pip install --upgrade torch", QUICK)
+    assert runs("weekly.yml")["links"] == ["python3 .ci/links.py"] and (ROOT / ".ci" / "links.py").exists()
+
+
+def check_schema(name: str, *files: Path) -> subprocess.CompletedProcess:
+    """Compare files with a schema that check-jsonschema has built in. It needs no network."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{name}", *files]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_workflows_follow_githubs_schema():
+    assert {path.name for path in WORKFLOWS} >= {"test.yml", "weekly.yml"}
+    done = check_schema("github-workflows", *WORKFLOWS)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_workflow_that_github_refuses_is_known(tmp_path):
+    wrong = tmp_path / "test.yml"
+    wrong.write_text(WORKFLOWS[0].read_text().replace("runs-on:", "run-on:"))
+    done = check_schema("github-workflows", wrong)
+    assert done.returncode == 1 and "run-on" in done.stdout
+
+
+def unpinned(text: str) -> list[str]:
+    """The lines of a workflow that use an action, not by a full commit with the version as a comment: tags can move."""
+    lines = [line.strip() for line in text.splitlines() if re.match(r"\s*(- )?uses:", line)]
+    return [line for line in lines if not re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_actions_are_pinned(path):
+    text = path.read_text()
+    assert text.count("uses:") >= 1 and unpinned(text) == []
+
+
+def test_one_action_has_one_pin():
+    pins = set(re.findall(r"uses: (.*)@(\w+) # (.*)", "\n".join(path.read_text() for path in WORKFLOWS)))
+    assert len(pins) == len({name for name, _, _ in pins}), pins
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "- uses: actions/checkout@v6",
+        f"uses: actions/checkout@{'0' * 40}",
+        f"- uses: actions/checkout@{'0' * 39} # v6.0.2",
+        f"- uses: actions/checkout@{'0' * 40} # the newest",
+    ],
+)
+def test_unpinned_actions_are_known(line):
+    assert unpinned(f"steps:\n  {line}\n  - run: uses\n") == [line]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_end_and_may_only_read(path):
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"} and "concurrency" in workflow
+    assert all(job["timeout-minutes"] <= 120 for job in workflow["jobs"].values())
+
+
+def test_citation():
+    done = check_schema("citation-file-format", ROOT / "CITATION.cff")
+    assert done.returncode == 0, done.stdout + done.stderr
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["authors"] == [{"name": "The ddp-tutorial authors"}]
+    assert f"# {citation['title']}\n" in README
+    assert (citation["version"], citation["abstract"]) == (PROJECT["version"], PROJECT["description"])
+    assert citation["license"] == "MIT"
+    assert not {"doi", "identifiers", "date-released", "commit"} & set(citation)  # nothing that is not so yet
+
+
+def test_the_releases_of_pytorch_are_the_same_everywhere():
+    (bounds,) = [SpecifierSet(name[5:]) for name in PROJECT["dependencies"] if name.startswith("torch")]
+    (oldest,) = [spec.version for spec in bounds if spec.operator == ">="]
+    (above,) = [spec.version for spec in bounds if spec.operator == "<"]
+    assert f'"torch<{above}" --index-url' in README
+    assert f"PyTorch ({oldest} to 2.{int(above.split('.')[1]) - 1})" in README
+    (pin,) = re.findall(r"^torch==(.*)$", (ROOT / ".ci" / "constraints.txt").read_text(), re.M)
+    named = re.findall(r"torch-versions (2[\d. ]+\d)", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) == 1 and all(release in bounds for release in [pin, *named[0].split()])
+    assert "export PIP_CONSTRAINT=.ci/constraints.txt" in (ROOT / ".ci" / "run").read_text()
+
+
+# The programs of .ci, run in a folder of their own, with a python3 that makes an environment of two stubs.
+
+PYTHON3 = """#!/bin/bash
+mkdir -p "$3/bin"
+printf '#!/bin/bash\\necho "$0 $*" >>log\\n' | tee "$3/bin/pip" "$3/bin/python" >"$3/bin/pytest"
+echo '[[ "$0 $*" != *"$FAILS"* ]]' >>"$3/bin/pytest"
+chmod +x "$3"/bin/*
+"""
+
+
+def run_ci(folder: Path, *command: str, fails: str) -> tuple[int, list[str], list[str]]:
+    """Exit code, the lines printed and the commands run; pytest fails where its command line has `fails` in it."""
+    (folder / "bin").mkdir()
+    for name, text in {"python3": PYTHON3, "chromium": "#!/bin/bash\n"}.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    (folder / ".ci").mkdir()
+    (folder / ".ci" / command[0]).write_text((ROOT / ".ci" / command[0]).read_text())
+    env = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAILS": fails}
+    done = subprocess.run(
+        ["bash", f".ci/{command[0]}", *command[1:]], cwd=folder, env=env, capture_output=True, text=True
+    )
+    log = folder / "log"
+    return (
+        done.returncode,
+        (done.stdout + done.stderr).splitlines(),
+        log.read_text().splitlines() if log.exists() else [],
+    )
+
+
+@pytest.mark.parametrize(
+    "fails, code, said",
+    [
+        (
+            "nothing",
+            0,
+            ["start passed", "quick lane, with the installation of its packages, passed", "slow lane passed"],
+        ),
+        (
+            "-m slow",
+            1,
+            ["start passed", "quick lane, with the installation of its packages, passed", "slow lane failed"],
+        ),
+        ("--nbmake", 1, ["start passed", "quick lane failed"]),
+    ],
+)
+def test_ci_runs_the_commands_of_the_readme_and_the_slow_lane(tmp_path, fails, code, said):
+    ended, printed, log = run_ci(tmp_path, "run", fails=fails)
+    assert (ended, len(printed)) == (code, len(said)), printed
+    assert all(re.search(f"the (first )?{part} after \\d+ s$", line) for part, line in zip(said, printed, strict=True))
+    commands = f"{INSTALL_AND_START} && {INSTALL_TESTS} && {QUICK} && {SLOW}".replace('"', "").split(" && ")
+    assert log == [part for part in commands if not part.startswith("python3")][: len(said) + 2]
+
+
+def test_ci_stops_at_the_first_failure_of_an_installation():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK) and "set -euo pipefail" in lines
+    starts = [line for line in lines if re.match(r"python3 |\.venv/", line)]
+    assert [line.partition(" || ")[0] for line in starts] == [INSTALL_AND_START, f"{INSTALL_TESTS} && {QUICK}", SLOW]
+    assert all(re.search(r' \|\| failed "the [\w ]+"$', line) for line in starts)
+
+
+def test_each_release_of_pytorch_is_tested_and_one_that_fails_is_named(tmp_path):
+    code, printed, log = run_ci(tmp_path, "torch-versions", "2.11.0", "2.14.1", "--", "-k", "x y", fails=".venv-2.11.0")
+    assert code == 1 and len(printed) == 2
+    assert re.match(r"torch 2\.11\.0: failed after \d+ s", printed[0])
+    assert re.match(r"torch 2\.14\.1: passed after \d+ s", printed[1])
+    assert log == [
+        f".venv-{release}/bin/{command}"
+        for release in ("2.11.0", "2.14.1")
+        for command in (f"pip install torch=={release} -e .[test]", "pytest --nbmake -k x y")
     ]
-    ci = ROOT / ".ci" / "run"
-    lines = ci.read_text().splitlines()
-    assert os.access(ci, os.X_OK) and "set -euo pipefail" in lines
-    assert [line for line in lines if line.startswith("python3 ")] == [f"{command} || exit" for command in commands]
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
-    assert [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step] == [
-        "bash .ci/run"
-    ]
+
+
+def test_without_a_release_there_is_nothing_to_test(tmp_path):
+    code, printed, log = run_ci(tmp_path, "torch-versions", "--", "-k", "x", fails="nothing")
+    assert (code, len(printed), log) == (2, 1, [])
+
+
+@pytest.fixture(scope="module")
+def links():
+    spec = importlib.util.spec_from_file_location("links", ROOT / ".ci" / "links.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_are_found(links):
+    found = links.all_addresses()
+    assert found["https://download.pytorch.org/whl/cpu"] and len(found) > 20
+    assert found["https://arxiv.org/abs/2006.15704"].startswith("notebooks/")  # the paper on DDP
+    text = "See <https://a.b/c>, [that](https://a.b/d_(e)), *https://a.b/f*; `https://a.b/g` or https://a.b/h?i=j#k."
+    assert links.addresses(text) == {f"https://a.b/{end}" for end in ("c", "d_(e)", "f", "g", "h?i=j#k")}
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers /404 with 404, and so on."""
+
+    def do_GET(self):
+        self.send_response(int(self.path[1:]))
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_link_that_is_gone_is_told(links, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = f"http://127.0.0.1:{server.server_port}"
+        why = [links.problem(f"{home}/{status}", pauses=(0,)) for status in (200, 403, 404, 500)]
+        server.shutdown()
+    assert why == ["", "", "status 404", "status 500"]
+    assert "refused" in links.problem(home, pauses=())  # nobody listens any more
 
 
 def test_readme_table_lists_every_chapter_with_its_minutes():
