@@ -126,12 +126,12 @@ def steps(rounds: int, batch_size: int = 128, n_steps: int = 100) -> dict:
 
     def trainer(wrap: bool, hook: bool):
         torch.manual_seed(0)
-        model = nn.Sequential(Standardize(torch.zeros(20), torch.ones(20)), SimpleModel(20, 4))
+        scale, model = Standardize(torch.zeros(20), torch.ones(20)), SimpleModel(20, 4)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        ddp_model = DistributedDataParallel(model, forward_sync_buffers=False) if wrap else model
+        ddp_model = DistributedDataParallel(model) if wrap else model
         if hook:
             ddp_model.register_comm_hook(None, exchange.average_gradients)
-        return lambda: train_one_epoch(ddp_model, batches, optimizer, torch.device("cpu"))
+        return lambda: train_one_epoch(nn.Sequential(scale, ddp_model), batches, optimizer, torch.device("cpu"))
 
     share = batch_size // dist.get_world_size()
     batches = [(torch.randn(share, 20), torch.randint(4, (share,))) for _ in range(n_steps)]

@@ -17,7 +17,7 @@ HOW = {  # by the end of a program's name in `sections.PEERS`: how it gets its b
 def peers(rows: list[dict]) -> Figure:
     """How many times as long as the script each program takes for an epoch on one process."""
     figures.use_style()
-    ratios = {row["by"]: row["epoch, times ours"] for row in rows if row["features"] == 20}
+    ratios = {row["by"]: row["epoch, times ours"] for row in rows if row["features"] == 20 and row["epoch, times ours"]}
     del ratios[OURS]
     names = sorted(ratios, key=lambda name: ratios[name][0])
     figure, ax = plt.subplots(figsize=(9, 1.4 + 0.36 * len(names)))

@@ -17,15 +17,29 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "DDP_DA
 
 
 TIMEOUT = 300  # seconds
+ATTEMPTS = 3  # for a peer: some abort or hang, once in a while
+
+
+class End(NamedTuple):
+    """How a command ended: its exit code, or why it has none; seconds, largest memory (see `pss`), what it printed."""
+
+    code: int | str
+    seconds: float
+    memory: float
+    output: str
 
 
 class Run(NamedTuple):
-    """What a run took: seconds as a whole, the seconds of its epochs, its last validation loss, bytes for each rank."""
+    """What a run took: seconds as a whole, the seconds of its epochs, its last validation loss, bytes for each rank.
 
-    wall: float
+    A run that `died` after its last epoch has no `wall`: that of its death is not what a whole run takes.
+    """
+
+    wall: float | None
     epochs: list[float]
     val_loss: float
     pss: float
+    died: bool = False
 
     @property
     def epoch(self) -> float:
@@ -40,47 +54,62 @@ def command(n_ranks: int, program: list) -> list[str]:
     return [sys.executable, *launcher, *map(str, program)]
 
 
-def call(words: list[str], environment: dict | None = None) -> tuple[float, float, str]:
-    """Seconds, the largest memory of its ranks (see `pss`), and what it printed.
+def call(words: list[str], environment: dict | None = None) -> End:
+    """How a command ends that must not fail. Raises `RuntimeError` if it does."""
+    end = watch(words, environment)
+    if end.code:
+        raise RuntimeError(f"{' '.join(words)} left with {end.code}:\n{end.output}")
+    return end
 
-    Raises `RuntimeError` if it fails, or has not ended after `TIMEOUT` seconds.
-    """
+
+def watch(words: list[str], environment: dict | None = None) -> End:
+    """How a command ends, at the latest after `TIMEOUT` seconds."""
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/output", "w+") as output:
         settings = ENVIRONMENT | {"TMPDIR": folder} | (environment or {})
         start = time.perf_counter()
         process = subprocess.Popen(words, env=settings, stdout=output, stderr=subprocess.STDOUT)
         largest = [0.0]
-        watch = threading.Thread(target=watch_memory, args=(process, largest))
-        watch.start()
+        memory = threading.Thread(target=watch_memory, args=(process, largest))
+        memory.start()
         try:
             code = process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun then ends its ranks
             code = f"nothing after {TIMEOUT} s"
         seconds = time.perf_counter() - start
-        watch.join()
+        memory.join()
         output.seek(0)
-        text = output.read()
-    if code:
-        raise RuntimeError(f"{' '.join(words)} left with {code}:\n{text}")
-    return seconds, largest[0], text
+        return End(code, seconds, largest[0], output.read())
 
 
 def run(n_ranks: int, program: list, data: Path, **flags) -> Run:
-    """Train with `program` and read its `history.jsonl`."""
-    with tempfile.TemporaryDirectory() as out:
-        options = {"data-dir": data, "out": out} | {key.replace("_", "-"): value for key, value in flags.items()}
-        words = [word for key, value in options.items() for word in (f"--{key}", value)]
-        for attempt in (1, 2, 3):  # some peers abort or hang at their end, once in a while
-            try:
-                seconds, memory, _ = call(command(n_ranks, [*program, *words]))
-                break
-            except RuntimeError as error:
-                if attempt == 3:
-                    raise
-                print(f"again, for {str(error).partition(chr(10))[0]}", flush=True)
-        lines = [json.loads(line) for line in Path(out, "history.jsonl").read_text().splitlines()]
-    return Run(seconds, [line["seconds"] for line in lines], lines[-1]["val_loss"], memory)
+    """Train with `program` and read its `history.jsonl`.
+
+    A peer ("-m" and a module) that dies after its last epoch has been measured; one that dies before is tried again.
+    Raises `RuntimeError` after `ATTEMPTS`, or if a script of ours dies, whenever that is.
+    """
+    is_peer, epochs = program[0] == "-m", flags["epochs"]
+    for attempt in range(1, 1 + (ATTEMPTS if is_peer else 1)):
+        with tempfile.TemporaryDirectory() as out:
+            options = {"data-dir": data, "out": out} | {key.replace("_", "-"): value for key, value in flags.items()}
+            words = [word for key, value in options.items() for word in (f"--{key}", value)]
+            words = command(n_ranks, [*program, *words])
+            end, lines = watch(words), read_history(Path(out))
+        if len(lines) == epochs and (is_peer or not end.code):
+            wall = None if end.code else end.seconds
+            return Run(wall, [line["seconds"] for line in lines], lines[-1]["val_loss"], end.memory, bool(end.code))
+        failure = f"{' '.join(words)} left with {end.code} after {len(lines)} of {epochs} epochs, attempt {attempt}"
+        print(failure, flush=True)
+    raise RuntimeError(f"{failure}:\n{end.output}")
+
+
+def read_history(out: Path) -> list[dict]:
+    """The epochs of the `history.jsonl` that a program leaves, less a line that is cut short."""
+    lines = []
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in (out / "history.jsonl").read_text().splitlines():
+            lines.append(json.loads(line))
+    return lines
 
 
 def watch_memory(process: subprocess.Popen, largest: list[float]) -> None:
@@ -115,9 +144,10 @@ class Ratio(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Ratio":
+    def of(cls, values: Iterable[float]) -> "Ratio | None":
+        """None of no round."""
         values = list(values)
-        return cls(statistics.median(values), min(values), max(values))
+        return cls(statistics.median(values), min(values), max(values)) if values else None
 
     def __str__(self) -> str:
         digits = 2 if self.median < 10 else 1

@@ -7,8 +7,10 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch.nn.functional import nll_loss
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from benchmarks import launch
+from benchmarks.kept import Kept
 from benchmarks.launch import Ratio, Run
 from benchmarks.peers import PerSampleDataset
 from data_gen.__main__ import main as data_gen
@@ -29,6 +32,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 OURS, RESILIENT = "ddp_sample.py", "ddp_resilient.py"
 SLOWEST = "hand-written, per sample"
 TOLERANCE = 0.03  # of the validation loss: every program shuffles in its own way
+QUICK = {"epochs": 5, "batch_size": 64, "lr": 0.1}  # of every run with --quick, so that sections can share it
 PEERS = {
     RESILIENT: (),
     "bare loop in memory (the limit)": ("limit",),
@@ -44,11 +48,28 @@ PEERS = {
 }
 
 
-class Plan(NamedTuple):
-    """How much to measure, and where files may lie."""
+@dataclass
+class Plan:
+    """How much to measure, where files may lie, and what has been measured."""
 
     folder: Path
     quick: bool
+    kept: Kept
+    section: str = ""  # whose turn it is
+    shared: dict[tuple, Run] = field(default_factory=dict)
+
+    def measure(self, name: str, function: Callable, *args, **options):
+        """What `function` returns, as JSON gives it back, or has returned before the last call was stopped."""
+        return self.kept.measure(self.section, name, function, *args, **options)
+
+    def run(self, n_ranks: int, program: list, data: Path, **flags) -> Run:
+        """`launch.run`. With --quick one launch serves every section that asks for it."""
+        if not self.quick:
+            return launch.run(n_ranks, program, data, **flags)
+        key = (n_ranks, *program, data, *flags.items())
+        if key not in self.shared:
+            self.shared[key] = launch.run(n_ranks, program, data, **flags)
+        return self.shared[key]
 
     def data(self, n_features: int, n_samples: int) -> Path:
         out = self.folder / "data" / f"{n_samples}x{n_features}"
@@ -90,7 +111,9 @@ def data_path(plan: Plan) -> list[dict]:
                 "TensorDataset": lambda b=batch_size, d=tensors: through_loader(d, b),
                 "ours": lambda b=batch_size: as_the_script(b),
             }
-            times = take_turns({name: lambda f=f: seconds(f) for name, f in functions.items()}, 3 if plan.quick else 9)
+            timers = {name: lambda f=f: seconds(f) for name, f in functions.items()}
+            name = f"{n_features} features, batches of {batch_size}"
+            times = plan.measure(name, take_turns, timers, 3 if plan.quick else 9)
             for name, values in times.items():
                 ratio = Ratio.of(base / value for base, value in zip(times["limit"], values, strict=True))
                 rate = round(n / statistics.median(values), -3)
@@ -153,7 +176,8 @@ def step(plan: Plan) -> list[dict]:
         "ours, with SGD(fused=True)": trainer(True, True)[2],
         "ours, not standardized": trainer(False, False)[2],
     }
-    times = take_turns({name: lambda f=f: seconds(f) / n_steps for name, f in functions.items()}, 5 if plan.quick else 21)  # fmt: skip
+    timers = {name: lambda f=f: seconds(f) / n_steps for name, f in functions.items()}
+    times = plan.measure("steps", take_turns, timers, 5 if plan.quick else 21)
     base = times["by hand in NumPy, no autograd"]
     return [
         {
@@ -186,28 +210,60 @@ def has(package: str) -> bool:
 
 def compare(plan: Plan, peers: list[str], n_ranks: int, data: Path, rounds: int, **flags) -> list[dict]:
     """Train with each program, in turns; assert that they end in one loss; ratios to ours."""
-    runs: dict[str, list[Run]] = take_turns(
-        {peer: lambda p=peer: launch.run(n_ranks, program(p), data, **flags) for peer in [OURS, *peers]}, rounds
-    )
+    everyone = [OURS, *peers]
+    in_turns = ThreadPoolExecutor(2).map if plan.quick else map  # nobody reads the times of a quick call
+
+    def train(peer: str) -> Run | None:
+        try:
+            return plan.run(n_ranks, program(peer), data, **flags)
+        except RuntimeError as error:
+            if peer in (OURS, RESILIENT):
+                raise
+            print(error, flush=True)  # the table says that it failed, and the others go on
+
+    def train_everyone() -> dict[str, Run | None]:
+        runs = dict(zip(everyone, in_turns(train, everyone), strict=True))
+        check_losses({peer: run.val_loss for peer, run in runs.items() if run}, data)
+        return runs
+
+    name = f"{n_ranks} ranks, {data.name}, {', '.join(f'{key} {value}' for key, value in flags.items())}"
+    found = [plan.measure(f"{name}, round {i}", train_everyone) for i in range(1, rounds + 1)]
+    own = [Run(*runs[OURS]) for runs in found]
+    return [summary(peer, [runs[peer] and Run(*runs[peer]) for runs in found], own) for peer in everyone]
+
+
+def check_losses(losses: dict[str, float], data: Path) -> None:
     n_classes = len(np.unique(np.load(data / "y_train.npy")))
-    target = runs[OURS][0].val_loss
+    target = losses[OURS]
     assert target < 0.75 * math.log(n_classes), f"{OURS} has not learned: {target}"
-    for peer, rounds_of_peer in runs.items():
-        for run in rounds_of_peer:
-            assert abs(run.val_loss - target) < TOLERANCE * target, (
-                f"{peer}: validation loss {run.val_loss}, not {target}"
-            )
-    return [
-        {
-            "by": peer,
-            "epoch ms": round(1e3 * statistics.median(run.epoch for run in found), 1),
-            "epoch, times ours": Ratio.of(run.epoch / own.epoch for run, own in zip(found, runs[OURS], strict=True)),
-            "whole s": round(statistics.median(run.wall for run in found), 1),
-            "whole, times ours": Ratio.of(run.wall / own.wall for run, own in zip(found, runs[OURS], strict=True)),
-            "validation loss": round(found[0].val_loss, 4),
-        }
-        for peer, found in runs.items()
-    ]
+    for peer, loss in losses.items():
+        assert abs(loss - target) < TOLERANCE * target, f"{peer}: validation loss {loss}, not {target}"
+
+
+def summary(peer: str, runs: list[Run | None], own: list[Run]) -> dict:
+    """Of a program's rounds, beside ours. A round without a run, or a table's cell without a number, is None."""
+    measured = [(run, base) for run, base in zip(runs, own, strict=True) if run]
+    ended = [(run, base) for run, base in measured if not run.died]
+    return {
+        "by": peer,
+        "epoch ms": median(1, [1e3 * run.epoch for run, _ in measured]),
+        "epoch, times ours": Ratio.of(run.epoch / base.epoch for run, base in measured),
+        "whole s": median(1, [run.wall for run, _ in ended]),
+        "whole, times ours": Ratio.of(run.wall / base.wall for run, base in ended),
+        "validation loss": median(4, [run.val_loss for run, _ in measured[:1]]),
+        "died": died(runs),
+    }
+
+
+def median(digits: int, values: list[float]) -> float | None:
+    return round(statistics.median(values), digits) if values else None
+
+
+def died(runs: list[Run | None]) -> str:
+    """In how many of the rounds: at its end, when its epochs had been timed, or before, in each attempt."""
+    at_end, before = sum(run.died for run in runs if run), runs.count(None)
+    counts = {"at its end": at_end, f"failed {launch.ATTEMPTS} times": before}
+    return ", ".join(f"{how} in {n} of {len(runs)}" for how, n in counts.items() if n) or "never"
 
 
 def train_all(plan: Plan, cases: list[tuple[int, int, int, int, int]]) -> list[dict]:
@@ -217,49 +273,56 @@ def train_all(plan: Plan, cases: list[tuple[int, int, int, int, int]]) -> list[d
         peers = [peer for peer in PEERS if installed(peer)]
         if n_ranks == 2:
             peers = [peer for peer in peers if "our" not in peer]
-        flags = {"epochs": epochs, "batch_size": 64 if plan.quick else 128, "lr": 0.1 if n_features < 100 else 1.0}
+        if plan.quick:  # each framework once on one process, with our Dataset, and once on two ranks, with the other
+            peers = [peer for peer in peers if peer == SLOWEST or peer.endswith("per sample") == (n_ranks > 1)]
+        flags = {"epochs": epochs, "batch_size": 128, "lr": 0.1 if n_features < 100 else 1.0}
+        flags = QUICK if plan.quick else flags
         for row in compare(plan, peers, n_ranks, plan.data(n_features, n), rounds, **flags):
-            rows.append({"features": n_features, "ranks": n_ranks, "epochs": epochs} | row)
+            rows.append({"features": n_features, "ranks": n_ranks, "epochs": flags["epochs"]} | row)
     return rows
 
 
 def training(plan: Plan) -> list[dict]:
     """Epochs and whole runs of the script and its peers on one process: the same files, batch and epochs."""
-    return train_all(plan, [(20, 2048, 1, 10, 1)] if plan.quick else [(20, 40_960, 1, 5, 3), (784, 16_384, 1, 5, 3)])
+    return train_all(plan, [(20, 2048, 1, 5, 1)] if plan.quick else [(20, 40_960, 1, 5, 3), (784, 16_384, 1, 5, 3)])
 
 
 def ranks(plan: Plan) -> list[dict]:
     """The same on two and four ranks, with the same global batch."""
-    return train_all(plan, [(20, 2048, 2, 10, 1)] if plan.quick else [(20, 20_480, 2, 4, 3), (20, 20_480, 4, 3, 3)])
+    return train_all(plan, [(20, 2048, 2, 5, 1)] if plan.quick else [(20, 20_480, 2, 4, 3), (20, 20_480, 4, 3, 3)])
 
 
 def whole(plan: Plan) -> list[dict]:
     """Whole runs, from the command to the prompt, of the script and of the per-sample script."""
     rows = []
-    for n_ranks, epochs, n in ((2, 5, 2048),) if plan.quick else ((1, 100, 40_960), (4, 100, 4096)):
+    flags = QUICK if plan.quick else {"epochs": 100, "batch_size": 128, "lr": 0.1}
+    for n_ranks, n in ((2, 2048),) if plan.quick else ((1, 40_960), (4, 4096)):
         data = plan.data(20, n)
-        flags = {"epochs": epochs, "batch_size": 128, "lr": 0.1}
         for row in compare(plan, [SLOWEST], n_ranks, data, 1 if plan.quick else 3, **flags):
-            rows.append({"samples": n, "ranks": n_ranks, "epochs": epochs} | row)
+            rows.append({"samples": n, "ranks": n_ranks, "epochs": flags["epochs"]} | row)
     return rows
 
 
 def startup(plan: Plan) -> list[dict]:
     """Seconds from the command to the end of the first step, of the rank that is last."""
     rows, data = [], plan.data(20, 2048)
-    for n_ranks in (1, 2) if plan.quick else (1, 2, 4):
-        found = []
-        for _ in range(1 if plan.quick else 5):
-            with tempfile.TemporaryDirectory() as folder:
-                words = [Path(__file__).with_name("startup_probe.py"), folder, NOTEBOOKS / OURS, "--data-dir", data]
-                started = {"STARTED": str(time.clock_gettime(time.CLOCK_BOOTTIME))}
-                launch.call(launch.command(n_ranks, [*words, "--out", folder]), started)
-                ranks = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
-                found.append(max(ranks, key=lambda parts: sum(parts.values())))
+    for n_ranks in (2,) if plan.quick else (1, 2, 4):
+        starts = range(1, 1 + (1 if plan.quick else 5))
+        found = [plan.measure(f"{n_ranks} ranks, start {i}", start_once, n_ranks, data) for i in starts]
         for part in found[0]:
             rows.append({"ranks": n_ranks, "part": part, "s": round(statistics.median(f[part] for f in found), 2)})
         rows.append({"ranks": n_ranks, "part": "all", "s": round(statistics.median(sum(f.values()) for f in found), 2)})
     return rows
+
+
+def start_once(n_ranks: int, data: Path) -> dict[str, float]:
+    """The parts of a start."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [Path(__file__).with_name("startup_probe.py"), folder, NOTEBOOKS / OURS, "--data-dir", data]
+        started = {"STARTED": str(time.clock_gettime(time.CLOCK_BOOTTIME))}
+        launch.call(launch.command(n_ranks, [*words, "--out", folder]), started)
+        ranks = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    return max(ranks, key=lambda parts: sum(parts.values()))
 
 
 def exchange(plan: Plan) -> list[dict]:
@@ -267,9 +330,7 @@ def exchange(plan: Plan) -> list[dict]:
     rows = []
     sizes = (84, 65_536) if plan.quick else (84, 4096, 65_536, 262_144, 1_048_576, 4_194_304)
     for n_ranks in (2,) if plan.quick else (2, 4):
-        words = ["-m", "benchmarks.exchange_probe", 1 if plan.quick else 5, *sizes]
-        text = launch.call(launch.command(n_ranks, words))[2]
-        found = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+        found = plan.measure(f"{n_ranks} ranks", exchange_once, n_ranks, 1 if plan.quick else 5, sizes)
         tables = [(f"{int(size):,} B", table) for size, table in found["exchanges"].items()] + [
             ("step", found["steps"])
         ]
@@ -286,29 +347,39 @@ def exchange(plan: Plan) -> list[dict]:
     return rows
 
 
+def exchange_once(n_ranks: int, rounds: int, sizes: tuple) -> dict:
+    """What the probe prints."""
+    end = launch.call(launch.command(n_ranks, ["-m", "benchmarks.exchange_probe", rounds, *sizes]))
+    return json.loads(next(line for line in end.output.splitlines() if line.startswith("{")))
+
+
 def memory(plan: Plan) -> list[dict]:
     """The most that a rank holds (PSS), with an X of 2 GB: mapped, as ours, and loaded; and with hardly any data."""
-    n_ranks = 2 if plan.quick else 4
-    little, much = plan.data(784, 4096), plan.data(784, 8192 if plan.quick else 640_000)
+    n_ranks = 1 if plan.quick else 4
+    sizes = ((20, 2048), (20, 2048)) if plan.quick else ((784, 4096), (784, 640_000))
+    little, much = (plan.data(*size) for size in sizes)
+    flags = QUICK if plan.quick else {"epochs": 1, "batch_size": 4096, "lr": 0.1}
     rows = []
     for peer, data in ((OURS, little), (OURS, much), ("hand-written, TensorDataset", much)):
         size = (data / "X_train.npy").stat().st_size
-        used = launch.run(n_ranks, program(peer), data, epochs=1, batch_size=4096, lr=0.1).pss
+        run = Run(*plan.measure(f"{peer}, {data.name}", plan.run, n_ranks, program(peer), data, **flags))
         row = {"ranks": n_ranks, "X, MB": round(size / 1e6), "by": peer}
-        rows.append(row | {"PSS MB a rank": round(used / 1e6), "PSS MB, all": round(n_ranks * used / 1e6)})
+        rows.append(row | {"PSS MB a rank": round(run.pss / 1e6), "PSS MB, all": round(n_ranks * run.pss / 1e6)})
     return rows
 
 
 def growth(plan: Plan) -> list[dict]:
     """What grows with the samples and with the ranks: 20 features, batches of 1024, the script's second epoch."""
     rows = []
-    cases = [(10_000, 1), (10_000, 2)] if plan.quick else [(10**k, 1) for k in (4, 5, 6, 7)] + [(10**6, 2), (10**6, 4)]
+    cases = [(2048, 1), (2048, 2)] if plan.quick else [(10**k, 1) for k in (4, 5, 6, 7)] + [(10**6, 2), (10**6, 4)]
+    flags = QUICK if plan.quick else {"epochs": 2, "batch_size": 1024, "lr": 0.1}
     for n, n_ranks in cases:
         data = plan.data(20, n)
-        run = launch.run(n_ranks, [NOTEBOOKS / OURS], data, epochs=2, batch_size=1024, lr=0.1)
+        run = Run(*plan.measure(f"{n_ranks} ranks, {data.name}", plan.run, n_ranks, program(OURS), data, **flags))
         rows.append(
             {"samples": n, "ranks": n_ranks, "epoch s": round(run.epochs[1], 3)}
-            | {"us a step": round(1e6 * run.epochs[1] / (n // 1024), 1), "PSS MB a rank": round(run.pss / 1e6)}
+            | {"us a step": round(1e6 * run.epochs[1] / (n // flags["batch_size"]), 1)}
+            | {"PSS MB a rank": round(run.pss / 1e6)}
         )
     return rows
 
