@@ -1,6 +1,6 @@
-"""Each notebook in JupyterLab, as a reader has it: opened in Chromium, Run All, looked at.
+"""Each notebook in JupyterLab, as a reader has it: opened in Chromium and looked at as stored; two are run, Run All.
 
-BROWSER_SCREENSHOTS=DIR keeps pictures of every notebook after its run.
+BROWSER_SCREENSHOTS=DIR keeps pictures of every notebook.
 """
 
 import json
@@ -13,16 +13,19 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import pytest
 
-pytestmark = pytest.mark.browser
+pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb")) + sorted(FOLDER.glob("solutions/*.ipynb"))
-TIMEOUT = 300  # seconds a notebook may run
+RUN = ["01_load_data.ipynb", "05_how_ddp_works.ipynb"]  # 05 brings a script: the animation of the ring
+TIMEOUT = 900  # seconds a notebook may run, if it does not hang
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 SETTINGS = {
@@ -41,9 +44,14 @@ STATE = """() => {
     return {prompts, dialog, done: dialog || (idle && !prompts.includes('[*]:') && prompts.some(p => p !== '[ ]:'))};
 }"""
 
+# What the notebook holds: its cells, and those of them whose Markdown is laid out.
+CELLS = """() => ['.jp-Cell', '.jp-MarkdownCell .jp-MarkdownOutput > *:first-child'].map(
+    selector => document.querySelectorAll('.jp-Notebook ' + selector).length)"""
+
 # The number of figures; those that show nothing; the outputs of which a part hangs over the right edge.
 FIGURES = """async () => {
-    const blank = [], images = [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output img')];
+    const within = '.jp-Notebook :is(.jp-OutputArea-output, .jp-MarkdownOutput) ';
+    const blank = [], images = [...document.querySelectorAll(within + 'img')];
     for (const [i, image] of images.entries()) {
         const canvas = new OffscreenCanvas(100, 100).getContext('2d');
         try {
@@ -140,57 +148,108 @@ def lab(browser, tmp_path_factory):
     lab.stop()
 
 
+@pytest.fixture(scope="module")
+def window(browser):
+    """Its pages share what they have loaded of JupyterLab."""
+    window = browser.new_context(viewport={"width": 1280, "height": 1000})
+    yield window
+    window.close()
+
+
 @pytest.fixture
-def page(browser, lab):
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+def page(window, lab):
+    page = window.new_page()
     yield page
     page.close()
     lab.stop_kernels()
 
 
-def run_all(lab: Lab, page, path: Path, name: str) -> list[str]:
-    """Open the notebook `path`, which is under `lab.root`, and run it; return what is wrong with what is seen."""
-    from playwright.sync_api import TimeoutError
+@contextmanager
+def console_errors(page) -> Iterator[list[str]]:
+    """What the page has said in the browser's console, as errors, or thrown."""
+    said = []
 
+    def note(message) -> None:
+        if message.type == "error":
+            said.append(message.text)
+
+    def note_thrown(error) -> None:
+        said.append(str(error))
+
+    page.on("console", note)
+    page.on("pageerror", note_thrown)
+    yield said
+    page.remove_listener("console", note)
+    page.remove_listener("pageerror", note_thrown)
+
+
+def n_figures(notebook) -> int:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def open_in_lab(lab: Lab, page, path: Path) -> list[str]:
+    """Open the notebook `path`, which is under `lab.root`, and wait for its cells and its kernel; return what is wrong."""
     notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    outputs = [output for cell in code for output in cell.outputs]
-    n_figures = sum("image/png" in output.get("data", {}) for output in outputs)
-    for cell in code:  # so that all that is seen was made in this run
-        cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, path)
-
+    n_text = sum(cell.cell_type == "markdown" for cell in notebook.cells)
     page.goto(f"{lab.url}/lab/tree/{path.relative_to(lab.root).as_posix()}?token={lab.token}&reset")
+    page.wait_for_function(f"String(({CELLS})()) === '{len(notebook.cells)},{n_text}'", timeout=120_000)
     idle = page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle"))
     dialog = page.locator(".jp-Dialog-content")  # such as the choice of a kernel, where the file names none
     idle.or_(dialog).first.wait_for(timeout=120_000)
     if dialog.count():
-        return [f"a dialog before the run: {dialog.first.inner_text()}"]
+        return [f"a dialog when it opens: {dialog.first.inner_text()}"]
     page.keyboard.press("Control+b")  # the file browser goes: the notebook has the window to itself
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    try:
-        page.wait_for_function(f"({STATE})().done", timeout=TIMEOUT * 1000, polling=500)
-    except TimeoutError:
-        pass  # the prompts tell which cells have not run
-    state = page.evaluate(STATE)
+    return []
+
+
+def seen(page, name: str, n_stored: int, said: list[str]) -> list[str]:
+    """What is wrong with the figures and outputs that are seen, and with what the page has `said`."""
     page.wait_for_timeout(500)  # for the last output to be laid out
     figures = page.evaluate(FIGURES)
     screenshots(page, name)
-
-    if state["dialog"]:
-        return [f"a dialog: {state['dialog']}"]
     problems = []
-    if state["prompts"] != [f"[{i + 1}]:" for i in range(len(code))]:
-        problems.append(f"the cells' prompts are {state['prompts']}")
-    problems += [f"a cell failed: {error}" for error in errors(path, page)]
-    if figures["n"] != n_figures:
-        problems.append(f"{figures['n']} figures are shown, {n_figures} are stored")
+    if figures["n"] != n_stored:
+        problems.append(f"{figures['n']} figures are shown, {n_stored} are stored")
     if figures["blank"]:
         problems.append(f"images that show nothing: {figures['blank']}")
     if figures["clipped"]:
         problems.append(f"outputs wider than the page: {figures['clipped']}")
-    return problems
+    return problems + [f"in the console: {text}" for text in said]
+
+
+def look(lab: Lab, page, path: Path, name: str) -> list[str]:
+    """Open the notebook `path` and run nothing; return what is wrong with what is seen."""
+    n_stored = n_figures(nbformat.read(path, as_version=4))
+    with console_errors(page) as said:
+        return open_in_lab(lab, page, path) or seen(page, name, n_stored, said)
+
+
+def run_all(lab: Lab, page, path: Path, name: str) -> list[str]:
+    """Open the notebook `path` and run it; return what is wrong with what is seen."""
+    from playwright.sync_api import TimeoutError
+
+    notebook = nbformat.read(path, as_version=4)
+    n_stored, code = n_figures(notebook), [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:  # so that all that is seen was made in this run
+        cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, path)
+    with console_errors(page) as said:
+        if problems := open_in_lab(lab, page, path):
+            return problems
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        try:
+            page.wait_for_function(f"({STATE})().done", timeout=TIMEOUT * 1000, polling=500)
+        except TimeoutError:
+            pass  # the prompts tell which cells have not run
+        state = page.evaluate(STATE)
+        problems = seen(page, name, n_stored, said)
+    if state["dialog"]:
+        return [f"a dialog: {state['dialog']}"]
+    if state["prompts"] != [f"[{i + 1}]:" for i in range(len(code))]:
+        problems.append(f"the cells' prompts are {state['prompts']}")
+    return problems + [f"a cell failed: {error}" for error in errors(path, page)]
 
 
 def errors(path: Path, page) -> list[str]:
@@ -219,13 +278,36 @@ def screenshots(page, name: str) -> None:
         panel.screenshot(path=folder / f"{name}-{i + 1:02}.png")
 
 
-@pytest.mark.parametrize("name", [path.relative_to(FOLDER).as_posix() for path in NOTEBOOKS])
-def test_run_all(lab, page, name):
-    # Each in a folder of its own: it runs without what another one has made.
-    folder = lab.root / Path(name).with_suffix("").as_posix().replace("/", "-")
+def copied(lab: Lab, name: str, how: str) -> tuple[Path, str]:
+    """The notebook in a folder of its own, without what others have made there; and what it is called in pictures."""
+    folder = lab.root / f"{Path(name).with_suffix('').as_posix().replace('/', '-')}-{how}"
     made = shutil.ignore_patterns("data", "runs", ".*", "*.py")  # but the scripts, which are not made
     shutil.copytree(FOLDER, folder, ignore=lambda *where: made(*where) - SCRIPTS)
-    assert run_all(lab, page, folder / name, folder.name) == []
+    return folder / name, folder.name
+
+
+@pytest.mark.parametrize("name", [path.relative_to(FOLDER).as_posix() for path in NOTEBOOKS])
+def test_as_stored(lab, page, name):
+    assert look(lab, page, *copied(lab, name, "stored")) == []
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_run_all(lab, page, name):
+    assert run_all(lab, page, *copied(lab, name, "run")) == []
+
+
+def written(lab: Lab, name: str, *cells) -> tuple[Path, str]:
+    """A notebook of these code cells, and what it is called in pictures."""
+    notebook = nbformat.v4.new_notebook(cells=list(cells))
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path = lab.root / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path, name
+
+
+def assert_problems(found: list[str], expected: list[str]) -> None:
+    assert len(found) == len(expected), found
+    assert all(problem in text for problem, text in zip(expected, found, strict=True)), found
 
 
 SHOW = "import IPython.display as d, matplotlib.pyplot as plt; "
@@ -240,11 +322,15 @@ SHOW = "import IPython.display as d, matplotlib.pyplot as plt; "
                 SHOW + "plt.figure(facecolor='white').add_axes((0, 0, 1, 1)).axis('off')",
                 SHOW + "d.display({'image/png': 'AAAA'}, raw=True)",
                 SHOW + "d.display(d.HTML('<hr style=width:2000px>'))",
+                SHOW + "d.display(d.Javascript('console.error(1 + 1)'))",
+                SHOW + "d.display(d.Javascript('setTimeout(() => { throw new Error(2 + 1) })'))",
             ],
             [
                 "3 figures are shown, 0 are stored",
                 "images that show nothing: [1, 2]",
                 "wider than the page: ['text/html']",
+                "in the console: 2",
+                "in the console: 3",
             ],
         ),
         (["1", "raise RuntimeError('it broke')", "2"], ["['[1]:', '[2]:', '[ ]:']", "RuntimeError: it broke"]),
@@ -252,11 +338,18 @@ SHOW = "import IPython.display as d, matplotlib.pyplot as plt; "
     ],
     ids=["pictures", "failing-cell", "dead-kernel"],
 )
-def test_what_is_wrong_is_seen(lab, page, request, sources, problems):
-    path = lab.root / f"{request.node.callspec.id}.ipynb"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, path)
-    seen = run_all(lab, page, path, path.stem)
-    assert len(seen) == len(problems), seen
-    assert all(problem in text for problem, text in zip(problems, seen, strict=True)), seen
+def test_what_is_wrong_in_a_run_is_seen(lab, page, request, sources, problems):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    assert_problems(run_all(lab, page, *written(lab, request.node.callspec.id, *cells)), problems)
+
+
+def test_what_is_wrong_as_stored_is_seen(lab, page):
+    data = [{"image/png": "AAAA"}, {"text/html": f"<table><td>{'&nbsp;' * 900}</table><img src='missing.png'>"}]
+    stored = [nbformat.v4.new_output("display_data", data=one) for one in data]
+    found = look(lab, page, *written(lab, "stored", nbformat.v4.new_code_cell("1", outputs=stored)))
+    expected = [
+        "images that show nothing: [0, 1]",
+        "wider than the page: ['text/html']",
+        "in the console: Failed to load",
+    ]
+    assert_problems(found, expected)

@@ -216,7 +216,7 @@ def ring_strip(states: Sequence, title: str) -> Figure:
 def ring_animation(states: Sequence, moves: Sequence[Sequence[int]]) -> FuncAnimation:
     """The states of `ring_strip` as an animation; `moves[step][rank]` is the chunk that `rank` sends to its right."""
     corners = ((0.0, 0.0), (7.0, 0.0), (7.0, 3.2), (0.0, 3.2))
-    figure = plt.figure(figsize=(5.2, 2.6), dpi=80)
+    figure = plt.figure(figsize=(5.2, 2.6), dpi=80, label="Four ranks in a ring: each step, each sends a chunk onwards")
     figure.set_layout_engine("none")
     ax = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     frames = [(0, 0.0)] + [(step, part) for step in range(len(moves)) for part in (0.3, 0.7, 1.0)]

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from html import escape
 from pathlib import Path
 
 from IPython import get_ipython
@@ -70,12 +71,18 @@ def fewer_colors(png: bytes, n: int) -> bytes:
     return smaller.getvalue()
 
 
+def text_alternative(figure: Figure) -> str:
+    """What the figure states, for those who cannot see it: its title, or its panels', or the label of one without."""
+    titles = [ax.get_title(side).rstrip(",") for ax in figure.axes for side in ("left", "center", "right")]
+    return " ".join((figure.get_suptitle() or "; ".join(filter(None, titles)) or figure.get_label()).split())
+
+
 def small_pictures() -> None:
-    """Show this notebook's figures in at most 64 colours: the notebook becomes a third of the size."""
+    """Show this notebook's figures with a text alternative, and in at most 64 colours: a third of the size."""
     import matplotlib_inline.backend_inline  # noqa: F401  # registers its own formatter, which is not to come later
 
-    formatters = get_ipython().display_formatter.formatters
-    formatters["image/png"].for_type(Figure, lambda figure: fewer_colors(print_figure(figure), 64))
+    png = get_ipython().display_formatter.formatters["image/png"]
+    png.for_type(Figure, lambda figure: (fewer_colors(print_figure(figure), 64), {"alt": text_alternative(figure)}))
 
 
 def animation_html(animation: FuncAnimation) -> HTML:
@@ -83,13 +90,11 @@ def animation_html(animation: FuncAnimation) -> HTML:
 
     Raises `ValueError` if something is left that would be loaded.
     """
-    html = animation.to_jshtml(default_mode="once")
-    html = re.sub(
-        r"(?<=data:image/png;base64,)[\w+/=\\\n]+",
-        lambda frame: base64.b64encode(fewer_colors(base64.b64decode(frame[0]), 16)).decode(),
-        html,
-    )
-    html = re.sub(r"<link\b[^>]*>", "", html)
+    html = re.sub(r"<link\b[^>]*>", "", animation.to_jshtml(default_mode="once"))
+    frame = r"(?<=data:image/png;base64,)[\w+/=\\\n]+"
+    html = re.sub(frame, lambda f: base64.b64encode(fewer_colors(base64.b64decode(f[0]), 16)).decode(), html)
+    first = re.search(r'frames\[0\] = "(.+?)"', html, re.S)[1].replace("\\\n", "")  # seen where no script runs
+    html = html.replace("<img ", f'<img src="{first}" alt="{escape(text_alternative(animation._fig))}" ')
     icons = {"minus": "−", "fast-backward": "|◀◀", "step-backward": "|◀", "play fa-flip-horizontal": "◀"}
     icons |= {"pause": "||", "play": "▶", "step-forward": "▶|", "fast-forward": "▶▶|", "plus": "+"}
     html = re.sub(r'<i class="fa fa-([\w -]+)"></i>', lambda icon: icons[icon[1]], html)
