@@ -28,6 +28,7 @@ from data_gen.__main__ import main as data_gen_main
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SINGLE, DDP, RESILIENT = (NOTEBOOKS / f"{name}.py" for name in ("single_sample", "ddp_sample", "ddp_resilient"))
 SET_BY_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+HANG = 200.0  # seconds: ten times what the longest launch here takes, and less than the 300 of --timeout
 IMPORTED_BY_SERVER = [
     "torch._dynamo",  # the first optimizer would import it: a second for each rank
     "torch.distributed.nn.functional",
@@ -38,6 +39,9 @@ IMPORTED_BY_SERVER = [
     "ddp_tutorial.model",
     "ddp_tutorial.ranks",
     "ddp_tutorial.training",
+    "numpy.ma",  # np.percentile imports it
+    "pytest",  # the program that asks for the fork: multiprocessing imports it in each
+    "tests.ranks",
     "tqdm",
 ]
 
@@ -71,7 +75,7 @@ class Attack:
         return open, (str(self.path), "w")
 
 
-def torchrun(n: int, script: Path, *flags, timeout: float = 90) -> subprocess.CompletedProcess:
+def torchrun(n: int, script: Path, *flags, timeout: float = HANG) -> subprocess.CompletedProcess:
     """`torchrun --standalone --nproc-per-node=n --nnodes=1 script flags`. Raises `subprocess.TimeoutExpired`."""
     with Launch(n, script, *flags) as launch:
         return launch.wait(timeout)
@@ -132,11 +136,11 @@ class Launch:
         self._outputs[stream].seek(0)  # it is written in append mode
         return self._outputs[stream].read()
 
-    def wait(self, timeout: float = 90) -> subprocess.CompletedProcess:
+    def wait(self, timeout: float = HANG) -> subprocess.CompletedProcess:
         """Its end. Raises `subprocess.TimeoutExpired`."""
         deadline = time.monotonic() + timeout
         while self.agent.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.1)
             if not self._port:
                 self.ranks()
         code, outputs = self.agent.poll(), [self.said(stream) for stream in self._outputs]
@@ -170,7 +174,7 @@ def start_ranks(n: int, script: Path, *flags, rank_env: dict[int, dict] | None =
 
 
 def start(
-    settings: list[dict], script: Path, flags: tuple, timeout: float = 60, fork: bool = True, stuck: tuple = ()
+    settings: list[dict], script: Path, flags: tuple, timeout: float = HANG, fork: bool = True, stuck: tuple = ()
 ) -> list[Rank]:
     """A process of the script with each of the environments `settings`; fails at the timeout with what they said.
 
@@ -193,7 +197,7 @@ def start(
         codes = [None if i in stuck else exit_code(process, deadline) for i, process in enumerate(processes)]
         for i, process in enumerate(processes):
             process.kill()
-            code = exit_code(process, time.monotonic() + 5)
+            code = exit_code(process, time.monotonic() + HANG)
             codes[i] = code if i in stuck else codes[i]
         outputs = [[Path(folder, f"{i}.{s}").read_text() for s in ("stdout", "stderr")] for i in range(len(codes))]
     ranks = [Rank(code, *output) for code, output in zip(codes, outputs, strict=True)]

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.ranks import NOTEBOOKS, data_gen, torchrun
+from tests.ranks import HANG, NOTEBOOKS, data_gen, torchrun
 
 
 def launch(script: Path, data: Path, out: Path, timeout: float) -> str:
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("n", nargs="?", type=int, default=100, help="launches (%(default)s)")
     scripts = ("ddp_sample", "ddp_resilient")
     parser.add_argument("--script", choices=scripts, default=scripts[1], help="which to launch (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds until a launch hangs (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=HANG, help="seconds until a launch hangs (%(default)s)")
     args = parser.parse_args()
     ends, start = Counter(), time.monotonic()
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]

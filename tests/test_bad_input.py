@@ -1,14 +1,23 @@
-"""Each mistake: one line that says what, where and what to do; exit code 2 on every rank; no hang."""
+"""Each mistake: one line that says what, where and what to do; exit code 2 on every rank; no hang.
+
+What the line says is tested in this process, with the functions that the scripts call. How a program ends is tested with
+one mistake of each kind. The slow lane launches every program with every mistake.
+"""
 
 import os
 import re
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ddp_tutorial import flags
+from ddp_tutorial.console import UserError
+from ddp_tutorial.data import load_splits
+from ddp_tutorial.ranks import check_environment, check_flags, parse
 from tests.ranks import DDP, RESILIENT, SINGLE, changed, free_port, save_data, start, start_ranks, torchrun, train
 
 PROGRAMS = {
@@ -18,9 +27,30 @@ PROGRAMS = {
     "resilient_one_process": (RESILIENT, 0),
     "resilient_four_ranks": (RESILIENT, 4),
 }
-EVERY_SCRIPT = pytest.mark.parametrize("path, n", PROGRAMS.values(), ids=PROGRAMS)
+SLOW = pytest.mark.slow
 EVERY_DDP_SCRIPT = pytest.mark.parametrize("path", [DDP, RESILIENT], ids=["ddp", "resilient"])
 ONE_PROCESS_AND_FOUR_RANKS = pytest.mark.parametrize("n", [0, 4], ids=["one_process", "four_ranks"])
+FOUR_RANKS_ARE_SLOW = pytest.mark.parametrize("n", [0, pytest.param(4, marks=SLOW)], ids=["one_process", "four_ranks"])
+
+
+def each_program(*quick):
+    """All programs, of which those named are in the quick lane."""
+    programs = PROGRAMS.items()
+    return pytest.mark.parametrize(
+        "path, n", [pytest.param(*program, marks=[SLOW] * (name not in quick), id=name) for name, program in programs]
+    )
+
+
+ALONE_AND_IN_GROUPS = each_program("single", "ddp_four_ranks", "resilient_four_ranks")
+
+
+def each_mistake(cases, telling):
+    """All programs with all `cases`, of which the telling one is in the quick lane: how they end is one for all."""
+    pairs = [(case, name) for case in cases for name in PROGRAMS]
+    return pytest.mark.parametrize(
+        "case, path, n",
+        [pytest.param(c, *PROGRAMS[name], marks=[SLOW] * (c != telling), id=f"{c}-{name}") for c, name in pairs],
+    )
 
 
 def rewrite(name, change):
@@ -121,14 +151,27 @@ def assert_refused(ranks, names, remedy, path=RESILIENT):
 def assert_good_line(line, names, remedy, path=RESILIENT):
     prefix = f"{path.name}: error: "
     assert line.startswith(prefix)
-    what, do = line.removeprefix(prefix).rsplit(": ", 1)
+    assert_good(line.removeprefix(prefix), names, remedy)
+
+
+def assert_good(message, names, remedy):
+    assert message.isprintable()  # one line
+    what, do = message.rsplit(": ", 1)
     assert names in what and len(what) > len(names) + 10  # it says more than the name
     assert remedy in do
 
 
-@EVERY_SCRIPT
 @pytest.mark.parametrize("case", DATA)
-def test_bad_data(case, path, n, small, tmp_path):
+def test_bad_data(case, small):
+    damage, name, remedy = DATA[case]
+    damage(small)
+    with pytest.raises(UserError) as mistake:
+        load_splits(small)
+    assert_good(str(mistake.value), str(small / name) if name else str(small), remedy)
+
+
+@each_mistake(DATA, telling="cut in the values")
+def test_bad_data_end_every_rank(case, path, n, small, tmp_path):
     damage, name, remedy = DATA[case]
     damage(small)
     ranks = start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out")
@@ -149,31 +192,35 @@ FLAGS = {
     "device": (["--device", "tpu"], "--device", "--help"),
     "no value": (["--out"], "--out", "--help"),
 }
+if not torch.cuda.is_available():
+    FLAGS["no gpu"] = (["--device", "cuda"], "--device cuda", "--device auto")
 
 
-@EVERY_SCRIPT
 @pytest.mark.parametrize("case", FLAGS)
-def test_bad_flags(case, path, n, small, tmp_path):
-    flags, names, remedy = FLAGS[case]
-    assert_refused(start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out", *flags), names, remedy, path)
+def test_bad_flags(case, monkeypatch):
+    words, names, remedy = FLAGS[case]
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    with pytest.raises(UserError) as mistake:
+        flags.parse("What it does.")
+    assert_good(str(mistake.value), names, remedy)
+    kept = parse("What it does.")  # ddp_resilient.py raises it where the ranks have met
+    with pytest.raises(UserError, match=re.escape(str(mistake.value))):
+        check_flags(kept)
 
 
-@EVERY_SCRIPT
-def test_nothing_to_resume(path, n, small, tmp_path):
-    """The two scripts that show something else know no such flag."""
-    names, remedy = ("checkpoint.pt", "without --resume") if path == RESILIENT else ("--resume", "--help")
-    ranks = start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out", "--resume")
-    assert_refused(ranks, names, remedy, path)
+@each_mistake(FLAGS, telling="unknown")
+def test_bad_flags_end_every_rank(case, path, n, small, tmp_path):
+    words, names, remedy = FLAGS[case]
+    assert_refused(start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out", *words), names, remedy, path)
 
 
-@EVERY_SCRIPT
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
-def test_no_gpu(path, n, small):
-    ranks = start_ranks(n, path, "--data-dir", small, "--device", "cuda")
-    assert_refused(ranks, "--device cuda", "--device auto", path)
+@ONE_PROCESS_AND_FOUR_RANKS
+def test_nothing_to_resume(n, script, small, tmp_path):
+    ranks = start_ranks(n, script, "--data-dir", small, "--out", tmp_path / "out", "--resume")
+    assert_refused(ranks, "checkpoint.pt", "without --resume")
 
 
-@EVERY_SCRIPT
+@ALONE_AND_IN_GROUPS
 def test_a_file_in_the_way_of_out(path, n, small, tmp_path):
     (tmp_path / "out").touch()
     assert_refused(start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out"), "--out", "folder", path)
@@ -184,9 +231,14 @@ WRITTEN = {  # by the programs that end all their ranks when one meets a full di
     for program, (path, n) in PROGRAMS.items()
     if path == RESILIENT or n == 0
 }
+FULL_DISKS = [
+    pytest.param(program, name, marks=[SLOW] * (program not in ("single", "resilient_four_ranks")))
+    for program, names in WRITTEN.items()
+    for name in names
+]
 
 
-@pytest.mark.parametrize("program, name", [(program, name) for program, names in WRITTEN.items() for name in names])
+@pytest.mark.parametrize("program, name", FULL_DISKS)
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_the_disk_is_full(program, name, small, tmp_path):
     path, n = PROGRAMS[program]
@@ -225,7 +277,7 @@ OTHER_SETTINGS = {
 }
 
 
-@ONE_PROCESS_AND_FOUR_RANKS
+@FOUR_RANKS_ARE_SLOW
 @pytest.mark.parametrize("case", OTHER_SETTINGS)
 def test_a_checkpoint_of_other_settings(case, n, script, small, tmp_path):
     was, now, names = OTHER_SETTINGS[case]
@@ -234,7 +286,7 @@ def test_a_checkpoint_of_other_settings(case, n, script, small, tmp_path):
     assert_refused(ranks, f"checkpoint.pt: made with {names}", "resume with the same")
 
 
-@ONE_PROCESS_AND_FOUR_RANKS
+@FOUR_RANKS_ARE_SLOW
 def test_a_checkpoint_of_another_model(n, script, small, tmp_path):
     train(0, script, small, tmp_path, "--epochs", 1)
     other = changed(script, "nn.Linear(n_features, n_classes)", "nn.Linear(n_features, n_classes, bias=False)", tmp_path / script.name)  # fmt: skip
@@ -253,48 +305,79 @@ ENVIRONMENTS = {
     "no port": ({"MASTER_PORT": 65536}, "MASTER_PORT=65536"),
     "restarts not a number": ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT='x'"),
 }
+ONE_OF_ONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+
+
+def one_of_one(change):
+    """The variables of a single rank, but for a change."""
+    env = ONE_OF_ONE | {"MASTER_PORT": free_port()} | change
+    return {key: str(value) for key, value in env.items() if value is not None}
 
 
 @pytest.mark.parametrize("case", ENVIRONMENTS)
-def test_a_bad_environment(case, script, small, tmp_path):
+def test_a_bad_environment(case, capsys, monkeypatch):
     change, names = ENVIRONMENTS[case]
-    env = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-    env = {key: value for key, value in (env | {"MASTER_PORT": free_port()} | change).items() if value is not None}
-    assert_refused(start([env], script, ("--data-dir", small, "--out", tmp_path / "out")), names, "torchrun")
+    monkeypatch.setattr(sys, "argv", [RESILIENT.name])
+    with pytest.raises(SystemExit) as left:
+        check_environment(one_of_one(change))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2
+    assert_good_line(line, names, "torchrun")
 
 
-def test_a_port_that_is_taken(script, small):
+def test_a_good_environment_is_none_of_them():
+    check_environment(one_of_one({}))
+
+
+def test_a_bad_environment_ends_the_rank(script, small, tmp_path):
+    env = one_of_one({"WORLD_SIZE": None})
+    assert_refused(start([env], script, ("--data-dir", small, "--out", tmp_path / "out")), "WORLD_SIZE", "torchrun")
+
+
+def test_ranks_that_do_not_meet(script, small):
+    """At once: a rank whose companion never comes, one whose port is taken, and one that calls the taker.
+
+    The last waits longest, as that program never answers: for twice the --timeout and five seconds.
+    """
     with socket.create_server(("", 0)) as listener:
-        port = listener.getsockname()[1]
-        ranks = start_ranks(2, script, "--data-dir", small, "--timeout", 3, rank_env={r: {"MASTER_PORT": port} for r in range(2)})  # fmt: skip
-    assert_refused(ranks[:1], f"MASTER_PORT={port} cannot", "another port")
-    assert_refused(ranks[1:], "rank 1 of 2 did not meet the others", "--timeout")  # that program never answers
+        taken, world = listener.getsockname()[1], {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        places = [(0, free_port()), (0, taken), (1, taken)]
+        env = [ONE_OF_ONE | world | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port} for rank, port in places]
+        alone, refused, caller = start(env, script, ("--data-dir", small, "--timeout", 0.3))
+    assert alone.code == 2
+    assert_good_line(alone.stderr.splitlines()[-1], "rank 0 of 2 did not meet the others", "--timeout")
+    assert_refused([refused], f"MASTER_PORT={taken} cannot", "another port")
+    assert_refused([caller], "rank 1 of 2 did not meet the others", "--timeout")
 
 
-def test_a_world_that_is_smaller_than_said(script, small):
-    """The rank that never comes is waited for no longer than --timeout."""
-    (rank,) = start_ranks(1, script, "--data-dir", small, "--timeout", 3, rank_env={0: {"WORLD_SIZE": 2}})
-    assert rank.code == 2
-    assert_good_line(rank.stderr.splitlines()[-1], "rank 0 of 2 did not meet the others", "--timeout")
+BATCHES = {  # the flag, samples, ranks, what the line names, and its remedy
+    "not divided": (30, 40, 4, "--batch-size 30", "such as 28"),
+    "all samples": (64, 40, 3, "--batch-size 40 (all samples)", "such as 39"),
+    "fewer samples than ranks": (64, 3, 4, "X_train.npy: 3 samples", "at most 3"),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_a_batch_that_the_ranks_do_not_divide(case):
+    batch_size, n_samples, n, names, remedy = BATCHES[case]
+    with pytest.raises(UserError) as mistake:
+        flags.split_batch(batch_size, n_samples, n)
+    assert_good(str(mistake.value), names, remedy)
+    for good in re.findall(r"such as (\d+)", str(mistake.value)):
+        assert flags.split_batch(int(good), n_samples, n) * n == int(good)
 
 
 @EVERY_DDP_SCRIPT
-def test_a_batch_that_the_ranks_do_not_divide(path, small, tmp_path):
-    flags = ("--data-dir", small, "--out", tmp_path / "out", "--batch-size")
-    assert_refused(start_ranks(4, path, *flags, 30), "--batch-size 30", "such as 28", path)
-    assert_refused(start_ranks(3, path, *flags, 64), "--batch-size 40 (all samples)", "such as 39", path)
-    assert [rank.code for rank in start_ranks(4, path, *flags, 28, "--epochs", 1)] == [0] * 4
-
-
-@EVERY_DDP_SCRIPT
-def test_fewer_samples_than_ranks(path, small, tmp_path):
+@pytest.mark.parametrize("case", [c if c == "not divided" else pytest.param(c, marks=SLOW) for c in BATCHES])
+def test_a_batch_that_the_ranks_do_not_divide_ends_them(case, path, small, tmp_path):
+    batch_size, n_samples, n, names, remedy = BATCHES[case]
     for name in ("X_train", "y_train"):
-        rewrite(name, lambda array: array[:3])(small)
-    ranks = start_ranks(4, path, "--data-dir", small, "--out", tmp_path / "out")
-    assert_refused(ranks, "X_train.npy: 3 samples", "at most 3", path)
+        rewrite(name, lambda array: array[:n_samples])(small)
+    ranks = start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out", "--batch-size", batch_size)
+    assert_refused(ranks, names, remedy, path)
 
 
-@pytest.mark.parametrize("alone", [0, 2])
+@pytest.mark.parametrize("alone", [2, pytest.param(0, marks=SLOW)])
 def test_one_rank_alone_meets_the_mistake(alone, script, small, tmp_path):
     """As on a machine where the data are missing: the others must not wait for it."""
     rank_env = {r: {"DDP_DATA_DIR": tmp_path / "missing" if r == alone else small} for r in range(4)}
@@ -313,7 +396,7 @@ def test_a_mistake_that_the_first_rank_cannot_find_is_not_kept_secret(ddp, small
     assert_good_line(alone.stderr.removesuffix("\n"), str(tmp_path / "missing"), "--data-dir", ddp)
 
 
-@EVERY_SCRIPT
+@ALONE_AND_IN_GROUPS
 def test_help_is_printed_once(path, n):
     ranks = start_ranks(n, path, "--help")
     assert [rank.code for rank in ranks] == [0] * len(ranks), ranks
@@ -325,7 +408,7 @@ def test_help_is_printed_once(path, n):
 
 # In a copy of the script: torchrun terminates the last rank unless it is ready, and guarded, in time; and the first
 # one's line must not be lost if it comes late.
-SLOW = {
+DELAYS = {
     "as it is": "",
     "one after the other": """import signal
 import sys
@@ -355,15 +438,15 @@ TORCHRUN = {
 }
 
 
-@pytest.mark.parametrize("case", TORCHRUN)
+@pytest.mark.parametrize("case", [c if "data" in c else pytest.param(c, marks=SLOW) for c in TORCHRUN])
 def test_torchrun_shows_the_line_once_before_its_summary(case, small, tmp_path):
-    path, mistake, slow = TORCHRUN[case]
-    flags, names, remedy = FLAGS.get(mistake, (["--lr", 9e37], "the loss is not finite", "smaller --lr"))
+    path, mistake, delay = TORCHRUN[case]
+    words, names, remedy = FLAGS.get(mistake, (["--lr", 9e37], "the loss is not finite", "smaller --lr"))
     if mistake in DATA:
-        flags, (damage, names, remedy) = (), DATA[mistake]
+        words, (damage, names, remedy) = (), DATA[mistake]
         damage(small)
-    copy = changed(path, "class SimpleModel", SLOW[slow] + "class SimpleModel", tmp_path / path.name)
-    done = torchrun(4, copy, "--data-dir", small, "--out", tmp_path / "out", *flags)
+    copy = changed(path, "class SimpleModel", DELAYS[delay] + "class SimpleModel", tmp_path / path.name)
+    done = torchrun(4, copy, "--data-dir", small, "--out", tmp_path / "out", *words)
     assert done.returncode == 1  # torchrun's own
     ours = [i for i, line in enumerate(done.stderr.splitlines()) if f"{path.name}: error: " in line]
     assert ours == [0], done.stderr
@@ -372,6 +455,6 @@ def test_torchrun_shows_the_line_once_before_its_summary(case, small, tmp_path):
     assert done.stderr.count("Traceback") == 1  # torchrun's own, above its summary
 
 
-@EVERY_SCRIPT
+@each_program("single", "resilient_four_ranks")
 def test_the_largest_seed(path, n, small, tmp_path):
     train(n, path, small, tmp_path, "--epochs", 1, "--seed", 2**63 - 1)

@@ -1,6 +1,7 @@
 """Made-up files, flags, checkpoints and environments: each trains, or is refused in one line. Nothing hangs.
 
-The cases are the same in every run. FUZZ_EXAMPLES=5000 hunts with that many new ones for each test instead.
+The cases are the same in every run. The quick lane tries a few; the slow lane tries hundreds, and lets ranks meet.
+FUZZ_EXAMPLES=5000 hunts with that many new ones for each test instead: FUZZ_EXAMPLES=5000 pytest -m slow tests/test_fuzz.py.
 """
 
 import json
@@ -32,6 +33,8 @@ from tests.ranks import changed, free_port, result, save_data, start_ranks
 
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # else it writes beside the tests
 EXAMPLES = {"data": 180, "flags": 120, "checkpoint": 120, "history": 60, "environment": 100, "meeting": 4}
+SHARE = {"few": 0.25, "many": 1}  # of the examples
+A_FEW_AND_MANY = pytest.mark.parametrize("size", ["few", pytest.param("many", marks=pytest.mark.slow)])
 HUNT = os.environ.get("FUZZ_EXAMPLES")
 GROUPS = 6  # of ranks that try to meet at the same time: most of them wait for --timeout
 MISTAKE = re.compile(r"ddp_resilient\.py: error: .{4,}: [a-z]+ .+")  # what and where: what to do
@@ -50,7 +53,7 @@ class Served:
         self.process = ranks.server().Process(target=serve, args=(connection, script, data))
         self.process.start()
 
-    def start(self, settings: list[dict], flags=(), timeout: float = 40) -> list[ranks.Rank]:
+    def start(self, settings: list[dict], flags=(), timeout: float = ranks.HANG) -> list[ranks.Rank]:
         """`tests.ranks.start`, in that process."""
         self.connection.send((settings, tuple(flags), timeout))
         answer = self.connection.recv()
@@ -109,9 +112,9 @@ def trained(rank: ranks.Rank, silent: bool = False, log: re.Pattern | None = Non
     return rank.code == 0
 
 
-def hunt(kind: str, strategy: st.SearchStrategy, case) -> None:
+def hunt(kind: str, size: str, strategy: st.SearchStrategy, case) -> None:
     """Try `case` on what the strategy makes up; it returns whether each of its processes trained."""
-    n, seen, different = int(HUNT or EXAMPLES[kind]), Counter(), set()
+    n, seen, different = int(HUNT or EXAMPLES[kind] * SHARE[size]), Counter(), set()
 
     @settings(
         max_examples=n,
@@ -129,10 +132,10 @@ def hunt(kind: str, strategy: st.SearchStrategy, case) -> None:
         seen.update("trained" if end else "refused" for end in ends)
 
     one()
-    counts[kind] = seen
+    counts[kind, size] = seen
     print(f"\n{kind}: {seen['trained']} trained, {seen['refused']} refused, {len(different)} different examples")
     assert len(different) >= 0.75 * n
-    assert min(seen["trained"], seen["refused"]) >= 0.08 * n
+    assert min(seen["trained"], seen["refused"]) >= (0.08 * n if size == "many" else 1)
 
 
 # What a command line and an environment can hold: no zero byte, but bytes that are not UTF-8
@@ -264,8 +267,9 @@ def finite(out: Path, n_epochs: int) -> bool:
     return [line["epoch"] for line in history] == [*range(1, n_epochs + 1)] and all(map(math.isfinite, losses))
 
 
+@A_FEW_AND_MANY
 @pytest.mark.filterwarnings("ignore:Stored array in format")  # the case asks for it
-def test_data(served, data):
+def test_data(size, served, data):
     def case(changes):
         with tempfile.TemporaryDirectory() as folder:
             files, out = copy_of(data, Path(folder, "data")), Path(folder, "out")
@@ -276,7 +280,7 @@ def test_data(served, data):
                 assert finite(out, 1)
             return [trained(*ends)]
 
-    hunt("data", st.dictionaries(NAMES, FILES, min_size=1, max_size=2), case)
+    hunt("data", size, st.dictionaries(NAMES, FILES, min_size=1, max_size=2), case)
 
 
 # Flags
@@ -355,7 +359,8 @@ LINES = st.lists(
 )
 
 
-def test_flags(served, data):
+@A_FEW_AND_MANY
+def test_flags(size, served, data):
     def case(line):
         kinds = {kind for kind, _ in line}
         flags = ["--data-dir", str(data), "--epochs", "1", *(word for _, words in line for word in words)]
@@ -365,7 +370,7 @@ def test_flags(served, data):
             assert trained(rank) == (kinds == {"good"}), (flags, rank)
         return [trained(rank)]
 
-    hunt("flags", LINES, case)
+    hunt("flags", size, LINES, case)
 
 
 # What a run goes on from
@@ -449,7 +454,8 @@ def resume(served, data: Path, out: Path) -> list[bool]:
     return [trained(*ends)]
 
 
-def test_checkpoint(served, data, run):
+@A_FEW_AND_MANY
+def test_checkpoint(size, served, data, run):
     original = (run / "checkpoint.pt").read_bytes()
 
     def case(drawn):
@@ -489,7 +495,7 @@ def test_checkpoint(served, data, run):
         st.tuples(st.just("whole"), PLAIN | TENSORS),
         st.tuples(st.just("misuse"), MISUSES),
     )
-    hunt("checkpoint", st.tuples(details, st.booleans()), case)
+    hunt("checkpoint", size, st.tuples(details, st.booleans()), case)
 
 
 HISTORIES = st.one_of(
@@ -508,7 +514,8 @@ HISTORIES = st.one_of(
 )  # fmt: skip
 
 
-def test_history(served, data, run):
+@A_FEW_AND_MANY
+def test_history(size, served, data, run):
     def case(drawn):
         kind, detail = drawn
         with tempfile.TemporaryDirectory() as folder:
@@ -524,7 +531,7 @@ def test_history(served, data, run):
                 make(file, kind, detail)
             return resume(served, data, out)
 
-    hunt("history", HISTORIES, case)
+    hunt("history", size, HISTORIES, case)
 
 
 # The environment
@@ -564,7 +571,8 @@ def taken():
         yield listener.getsockname()[1]
 
 
-def test_environment(served, data, taken):
+@A_FEW_AND_MANY
+def test_environment(size, served, data, taken):
     """One process. Whatever is wrong with its variables, it is found before anybody waits."""
 
     def case(drawn):
@@ -584,7 +592,7 @@ def test_environment(served, data, taken):
     )
     good = st.tuples(st.just(False), pick(GOOD_SETTINGS), st.just(True))
     alone = st.tuples(st.just(None), pick(GOOD_SETTINGS | BAD_SETTINGS), st.just(False))
-    hunt("environment", st.one_of(one, one, good, alone), case)
+    hunt("environment", size, st.one_of(one, one, good, alone), case)
 
 
 ADDRESSES = ["127.0.0.1", "localhost", "nowhere.invalid", "256.1.1.1", "a\nb", "\udcff", "é", " ", "::1", "0.0.0.0"]
@@ -602,6 +610,7 @@ LIES = st.one_of(
 )
 
 
+@pytest.mark.slow
 def test_meeting(served, data, taken):
     """Two ranks, some of which are told something wrong: no rank waits longer than --timeout."""
 
@@ -622,7 +631,7 @@ def test_meeting(served, data, taken):
             assert groups[i // 2] != ({}, {}) or met == [True, True], pair
         return [rank.code == 0 for rank in ends]
 
-    hunt("meeting", st.lists(st.tuples(LIES, LIES), min_size=GROUPS, max_size=GROUPS), case)
+    hunt("meeting", "many", st.lists(st.tuples(LIES, LIES), min_size=GROUPS, max_size=GROUPS), case)
 
 
 def test_a_served_process_ends_as_a_real_one(served, script, data, tmp_path):
@@ -649,9 +658,11 @@ def test_what_a_served_process_must_not_do_is_seen():
             trained(ranks.Rank(code, "", stderr))
 
 
+@pytest.mark.slow
 def test_how_many_cases_ran():
-    if counts.keys() != EXAMPLES.keys():
+    many = {kind: seen for (kind, size), seen in counts.items() if size == "many"}
+    if many.keys() != EXAMPLES.keys():
         pytest.skip("only a part of the tests ran")
-    total = sum(counts.values(), Counter())
+    total = sum(many.values(), Counter())
     print(f"\n{total.total()} cases: {total['trained']} trained, {total['refused']} refused")
     assert total.total() >= (int(HUNT) if HUNT else 600)

@@ -1,9 +1,10 @@
-"""The notebooks as stored: what a reader sees who runs nothing. That they run is nbmake's part."""
+"""The notebooks as stored: what a reader sees who runs nothing. That they run is nbmake's part, with conftest.py."""
 
 import ast
 import difflib
 import inspect
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -183,6 +184,39 @@ def test_exercises_have_solutions(path):
 def test_code_cells_are_short(path):
     code = [c.source for c in cells(path) if not c.source.startswith("%%writefile") and "long" not in tags(c)]
     assert statistics.median(source.count("\n") + 1 for source in code) <= 8
+
+
+# In the log of pytest
+
+WORKER = """%%bash
+echo "the worker's rank is $((1 + 2))"
+echo "the worker's traceback" >&2
+exit 1"""
+
+
+def test_what_a_failed_cell_has_printed_is_in_the_log_and_solutions_are_slow(tmp_path):
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    failing = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in ("print(6 * 7)", WORKER)])
+    (tmp_path / "solutions").mkdir()
+    for name in ("fails.ipynb", "solutions/fails.ipynb"):
+        nbformat.write(failing, tmp_path / name)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbmake",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:warnings",
+    ]
+    log = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "1 failed, 1 deselected" in log, log
+    _, _, printed = log.partition("what the cell has printed")
+    assert "the worker's rank is 3\n" in printed and "the worker's traceback\n" in printed, log
+    assert "42\n" not in printed  # another cell's
 
 
 # Launches and links

@@ -1,16 +1,26 @@
-"""The README's commands, run in order in a fresh copy of the repository."""
+"""The README's commands: each names programs and flags that are there; and, slow, all run in a fresh copy of the repository."""
 
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
+
+from data_gen.__main__ import parse_args
+from ddp_tutorial import flags
+from ddp_tutorial.console import UserError
+from ddp_tutorial.ranks import check_flags, parse
+from tests.ranks import RESILIENT
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
 INSTALLS = [block for block in BLOCKS if block.startswith("python3 -m venv")]  # .ci/run runs these, as they are
 
 
@@ -37,6 +47,7 @@ def run(block: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_blocks_run_in_order(clone):
     quickstart = INSTALLS[0].rpartition(" && ")[2]
     blocks = [quickstart, *(block for block in BLOCKS if block not in INSTALLS)]
@@ -54,14 +65,66 @@ def test_the_blocks_run_in_order(clone):
 
 def assert_shown(stdout: str) -> None:
     """The lines that the README says the first command prints are among `stdout`'s, in order."""
-    (shown,) = re.findall(r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    (shown,) = re.findall(r"^```text\n(.*?)^```", README, re.M | re.S)
     lines = iter(stdout.splitlines())
     assert [line for line in shown.splitlines() if line != "..." and line not in lines] == []
 
 
 def test_the_difference_has_as_many_lines_as_said():
     marked = re.findall("  # DDP: ", (ROOT / "notebooks" / "ddp_sample.py").read_text())
-    assert f"as a difference of {len(marked)} lines" in (ROOT / "README.md").read_text()
+    assert f"as a difference of {len(marked)} lines" in README
+
+
+def commands() -> list[str]:
+    """What the README starts in Python, in its blocks and in its text."""
+    text = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
+    named = "\n".join(BLOCKS).replace(" && ", "\n").splitlines() + re.findall("`([^`\n]+)`", text)
+    named = [command.removeprefix(".venv/bin/") for command in named]
+    return [command for command in named if command.startswith(("python ", "torchrun "))]
+
+
+def read(command: str, monkeypatch) -> None:
+    """Parse a command as its programs do; raises if they do not know it."""
+    program, *words = shlex.split(command)
+    if program == "torchrun":
+        launch = get_args_parser().parse_args(words)
+        words = [launch.training_script, *launch.training_script_args]
+    if words[0] == "-m":
+        assert importlib.util.find_spec(words[1]), words[1]
+        if words[1] == "data_gen":
+            parse_args(words[2:])
+    else:
+        assert (ROOT / words[0]).is_file(), words[0]
+        monkeypatch.setattr(sys, "argv", words)
+        if Path(words[0]).name == RESILIENT.name:
+            check_flags(parse("What it does."))
+        else:
+            flags.parse("What it does.")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_programs_and_flags_are_there(command, monkeypatch):
+    read(command, monkeypatch)
+
+
+def test_several_commands_are_read():
+    assert {command.split()[0] for command in commands()} == {"python", "torchrun"} and len(commands()) >= 5
+
+
+@pytest.mark.parametrize(
+    "command, error",
+    [
+        ("torchrun --nproc-per-knot=4 notebooks/ddp_sample.py", SystemExit),
+        ("torchrun --nproc-per-node=4 notebooks/ddp_simple.py", AssertionError),
+        ("torchrun --nproc-per-node=4 notebooks/ddp_sample.py --resume", UserError),
+        ("torchrun --nproc-per-node=4 notebooks/ddp_resilient.py --restart", UserError),
+        ("python -m data_gen digits --into runs", SystemExit),
+        ("python -m no_such_module", AssertionError),
+    ],
+)
+def test_what_is_not_there_is_noticed(command, error, monkeypatch):
+    with pytest.raises(error):
+        read(command, monkeypatch)
 
 
 def test_a_line_that_is_not_printed_is_noticed():

@@ -29,16 +29,22 @@ MAIN = {DDP: "console.run(main)", RESILIENT: "main()  # survive"}
 REPORTING_MAIN = {DDP: "and_report(lambda: console.run(main))", RESILIENT: "and_report(main)  #"}
 
 
+def reporting_ranks(script, data, tmp_path, lr=1, **options):
+    """Two ranks that say which threads they have once `main` has ended."""
+    main = 'if __name__ == "__main__":\n    '
+    copy = changed(script, main + MAIN[script], REPORT_THREADS + main + REPORTING_MAIN[script], tmp_path / script.name)
+    flags = ("--data-dir", data, "--out", tmp_path / "out", "--lr", lr, "--epochs", 50, "--device", "cpu")
+    return start_ranks(2, copy, *flags, **options)
+
+
 def gloo_threads(script, data, tmp_path, lr=1, codes=(0,), package=None):
     """The names of gloo's threads left on each of two fresh ranks, which are to leave with one of `codes`.
 
     With `package`, they import `ddp_tutorial` from that folder.
     """
-    main = 'if __name__ == "__main__":\n    '
-    copy = changed(script, main + MAIN[script], REPORT_THREADS + main + REPORTING_MAIN[script], tmp_path / script.name)
-    flags = ("--data-dir", data, "--out", tmp_path / "out", "--lr", lr, "--epochs", 50, "--device", "cpu")
     rank_env = {rank: {"PYTHONPATH": package} for rank in range(2)} if package else None
-    ranks = start_ranks(2, copy, *flags, fork=False, rank_env=rank_env)  # a forked rank inherits the early import
+    fresh = {"fork": False, "rank_env": rank_env}  # a forked rank inherits the early import
+    ranks = reporting_ranks(script, data, tmp_path, lr, **fresh)
     assert all(rank.code in codes for rank in ranks), ranks
     said = [rank.stdout.splitlines()[-1].split("|") for rank in ranks]
     assert all(title == "threads:" and names for title, *names in said), ranks
@@ -57,16 +63,12 @@ def test_no_gloo_thread_is_left_by_a_mistake_in_training(script, small, tmp_path
 
 def test_a_mistake_in_training_ends_a_rank_at_once(ddp, small, tmp_path):
     """The script that shows DDP leaves its group to the system then: a shutdown could abort, one of fifty did."""
-    at_exit = 'import atexit\n\natexit.register(print, "shut down")\n\n\nclass SimpleModel'
-    copy = changed(ddp, "class SimpleModel", at_exit, tmp_path / ddp.name)
-    flags = ("--data-dir", small, "--out", tmp_path / "out", "--device", "cpu")
-    said = {}
-    for lr, epochs in ((1, 1), (9e37, 50)):
-        ranks = start_ranks(2, copy, *flags, "--lr", lr, "--epochs", epochs, fork=False)
-        said[lr] = [(rank.code, "shut down" in rank.stdout) for rank in ranks]
-    assert said == {1: [(0, True)] * 2, 9e37: [(2, False)] * 2}
+    for lr, code, unwinds in ((1, 0, True), (9e37, 2, False)):
+        ranks = reporting_ranks(ddp, small, tmp_path, lr)
+        assert [(rank.code, "threads:" in rank.stdout) for rank in ranks] == [(code, unwinds)] * 2, ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [DDP, RESILIENT], ids=["ddp", "resilient"])
 def test_they_are_left_without_the_early_import(script, small, tmp_path):
     """If this fails, torch has cured it, and the package can lose a line."""
