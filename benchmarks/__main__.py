@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         write_atomically(args.out / "results.json", json.dumps(results, indent=1).encode())
     if "training" in results:
         figure.peers(results["training"]).savefig(args.out / "peers.png", dpi=150)
+    if ladder := figure.gpu(results.get("gpu", [])):
+        ladder.savefig(args.out / "gpu.png", dpi=150)
     store.forget(names)
     print(f"\n{args.out / 'results.json'}, after {time.monotonic() - start:.0f} s")
     return 0

@@ -1,9 +1,10 @@
-"""The figure that the README shows."""
+"""The figures that the README and chapter 3 show."""
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from benchmarks import gpu_probe
 from benchmarks.sections import OURS
 from ddp_tutorial.show import figures
 
@@ -37,4 +38,27 @@ def peers(rows: list[dict]) -> Figure:
     ax.set(xlim=(0, 1.12 * max(high for *_, high in ratios.values())), ylim=(len(names) - 0.4, -1.1))
     ax.grid(axis="y", visible=False)
     ax.legend(handles=[Patch(label=how, **style) for how, style in reversed(HOW.values())], loc="upper right")
+    return figure
+
+
+def gpu(rows: list[dict]) -> Figure | None:
+    """How long an epoch takes on one GPU, 784 features in batches of 1,024, for each way to feed and to launch it."""
+    figures.use_style()
+    case = [row for row in rows if (row["ranks"], row["features"], row["batch"]) == (1, 784, 1024)]
+    ways = {row["by"]: row["epoch ms"] for row in case if row["by"] in gpu_probe.WAYS}
+    if not ways:
+        return None
+    figure, ax = plt.subplots(figsize=(9, 3.6))
+    for y, (name, ms) in enumerate(ways.items()):
+        color = figures.COLORS[0 if name in gpu_probe.WAYS[:3] else 2]
+        ax.plot([1, ms], [y, y], lw=2.5, color=color)
+        ax.plot(ms, y, marker="o" if name in gpu_probe.WAYS[:3] else "s", ms=8, color=color)
+        ax.text(1.12 * ms, y, f"{ms:.0f} ms" if ms >= 10 else f"{ms:.1f} ms", va="center")
+    moved, recorded = (ways[slow] / ways[fast] for slow, fast in ((gpu_probe.PINNED, gpu_probe.OURS), (gpu_probe.LOOP, gpu_probe.GRAPH)))  # fmt: skip
+    title = f"Data on the GPU: {moved:.1f} times as fast; the step as a graph: {recorded:.1f} times more ({case[0]['card']})"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
+    ax.set(xlabel="time of an epoch of 64 steps (ms, logarithmic)", xscale="log", xlim=(1, 2.5 * max(ways.values())))
+    ax.set_yticks(range(len(ways)), list(ways))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
     return figure

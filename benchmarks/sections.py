@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import statistics
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.functional import nll_loss
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from benchmarks import launch
+from benchmarks import gpu_probe, launch
 from benchmarks.kept import Kept
 from benchmarks.launch import Ratio, Run
 from benchmarks.peers import PerSampleDataset
@@ -64,6 +65,7 @@ class Plan:
 
     def run(self, n_ranks: int, program: list, data: Path, **flags) -> Run:
         """`launch.run`. With --quick one launch serves every section that asks for it."""
+        flags = {"device": "cpu"} | flags  # all programs on the same one
         if not self.quick:
             return launch.run(n_ranks, program, data, **flags)
         key = (n_ranks, *program, data, *flags.items())
@@ -385,24 +387,58 @@ def growth(plan: Plan) -> list[dict]:
 
 
 def gpu(plan: Plan) -> list[dict]:
-    """One GPU: the script beside a loop whose data lies on the device."""
+    """Epochs on GPUs: one training, fed and launched in several ways; then whole programs, validation included."""
     if not torch.cuda.is_available():
         return []
+    rows, rounds = [], 1 if plan.quick else 5
+    shapes = [(20, 8192)] if plan.quick else [(20, 131_072), (784, 65_536)]
+    sizes = (1024,) if plan.quick else (256, 1024, 4096)
+    for n_ranks in (n for n in (1, 2, 4) if n <= torch.cuda.device_count()):
+        for (n_features, n), size in itertools.product(shapes, sizes):
+            name, data = f"{n_ranks} ranks, {n}x{n_features}, batches of {size}", plan.data(n_features, n)
+            found = plan.measure(name, gpu_once, n_ranks, data, size, rounds)
+            case = {"card": found["card"], "ranks": n_ranks, "features": n_features, "batch": size}
+            rows += [case | row for row in ladder(found, n_features, size // n_ranks, n // size)]
+        n_features, n = shapes[-1]
+        peers = [peer for peer in PEERS if "bare" in peer or (peer not in (OURS, RESILIENT) and "hand" not in peer)]
+        flags = {"epochs": 5, "batch_size": 1024, "lr": 0.1, "device": "cuda"}
+        peers = [peer for peer in peers if installed(peer) and not (plan.quick and "sample" in peer)]
+        for row in compare(plan, peers, n_ranks, plan.data(n_features, n), min(rounds, 3), **flags):
+            case = {"card": rows[-1]["card"], "ranks": n_ranks, "features": n_features, "batch": 1024}
+            step = row["epoch ms"] and round(1e3 * row["epoch ms"] / (n // 1024))
+            rows.append(case | {"by": row["by"], "epoch ms": row["epoch ms"], "us a step": step, "times the scripts": row["epoch, times ours"]})  # fmt: skip
+    return rows
+
+
+def gpu_once(n_ranks: int, data: Path, size: int, rounds: int) -> dict:
+    """What the probe prints."""
+    end = launch.call(launch.command(n_ranks, ["-m", "benchmarks.gpu_probe", data, size, rounds]))
+    return json.loads(next(line for line in end.output.splitlines() if line.startswith("{")))
+
+
+def ladder(found: dict, n_features: int, size: int, n_steps: int) -> list[dict]:
+    """A row for each way, and two for what no way can beat: the launches, or the kernels and the bytes, of a step."""
+    ways, ours = found["rows"], found["rows"][gpu_probe.OURS]
+    for name, way in ways.items():
+        assert abs(way["val_loss"] - ours["val_loss"]) < 1e-3 * ours["val_loss"], f"{name}: {way['val_loss']}"
     rows = []
-    for n_features, n in ((20, 40_960), (784, 16_384)):
-        data, flags = plan.data(n_features, n), {"epochs": 5, "batch_size": 1024, "lr": 0.1}
-        loop = [*program("bare loop in memory (the limit)"), "--device", "cuda"]
-        runs = take_turns(
-            {
-                OURS: lambda d=data, f=flags: launch.run(1, [NOTEBOOKS / OURS, "--device", "cuda"], d, **f),
-                "data on the device": lambda d=data, f=flags, w=loop: launch.run(1, w, d, **f),
-            },
-            1 if plan.quick else 5,
-        )
-        for name, found in runs.items():
-            ratio = Ratio.of(run.epoch / own.epoch for run, own in zip(found, runs[OURS], strict=True))
-            epoch = round(1e3 * statistics.median(run.epoch for run in found), 1)
-            rows.append({"features": n_features, "by": name, "epoch ms": epoch, "times ours": ratio})
+    for name, way in ways.items():
+        ms = 1e3 * statistics.median(way["s"])
+        ratio = Ratio.of(value / own for value, own in zip(way["s"], ours["s"], strict=True))
+        rows.append({"by": name, "epoch ms": round(ms, 1), "us a step": round(1e3 * ms / n_steps), "times the scripts": ratio})  # fmt: skip
+    if found["launches"]:
+        launches, (alone, in_graph) = found["launches"] / n_steps, found["kernel s"]
+        n_bytes = 4 * 4 * size * n_features  # of float32: read and written by the gather, read forward and backward
+        floors = {
+            f"floor: {launches:.0f} launches, one by one": launches * alone,
+            f"floor: {launches:.0f} kernels in a graph, or {n_bytes / 1e6:.1f} MB": max(
+                launches * in_graph, n_bytes / found["copy B/s"]
+            ),  # fmt: skip
+        }
+        base = statistics.median(ours["s"])
+        for name, value in floors.items():
+            ratio = Ratio.of([n_steps * value / base])
+            rows.append({"by": name, "epoch ms": round(1e3 * n_steps * value, 1), "us a step": round(1e6 * value), "times the scripts": ratio})  # fmt: skip
     return rows
 
 

@@ -3,19 +3,17 @@
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ddp_tutorial.console import UserError, reason, say
 from ddp_tutorial.files import check_regular
 
-DEFAULT_DATA_DIR = "/mnt/ddp/sample"
 SCAN_BYTES = 16 * 2**20  # of float32 features read at a time: no scan needs the file in memory
-SAMPLE_ROWS = 4096  # rows whose spread stands for that of all
 FAR_OUT = 10  # times the spread of the middle half: a standard deviation that a few values make
 
 
@@ -26,9 +24,8 @@ class DataError(UserError):
 class NpyDataset(Dataset):
     """One split: features `X_path` (N, F) of any real type, integer classes `y_path` (N,) from 0.
 
-    Both files stay on disk, mapped read-only; the ranks of one machine share a single copy in its
-    page cache. A `DataLoader` fetches a whole batch with one call of `__getitems__`: pass
-    `collate_fn=NpyDataset.collate` so that it takes the batch as it is.
+    Both files stay on disk, mapped read-only; the ranks of one machine share a single copy in its page cache. A
+    `DataLoader` fetches a whole batch by one `__getitems__`; `collate_fn=NpyDataset.collate` takes it as it is.
 
     Attributes: `n_features` F; `mean` and `std` (F,) float64 of each feature; `class_counts` (C,) int64, how often
     each label from 0 on occurs; `n_classes` C.
@@ -64,6 +61,41 @@ class NpyDataset(Dataset):
     def collate(batch):
         """For `DataLoader(collate_fn=...)`: `__getitems__` has made the batch already."""
         return batch
+
+
+class GpuBatches:
+    """The batches of `loader`, in its order, gathered on the GPU `device` from a copy of its `NpyDataset` there."""
+
+    def __init__(self, loader: DataLoader, device: torch.device):
+        self.loader, data = loader, loader.dataset
+        self.X = torch.empty(data.X.shape, device=device)
+        self.y = torch.empty(data.y.shape, device=device, dtype=torch.int64)
+        for rows in torch.arange(len(data)).split(max(1, SCAN_BYTES // (4 * data.n_features))):
+            self.X[rows[0] : rows[-1] + 1], self.y[rows[0] : rows[-1] + 1] = data.__getitems__(rows)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = torch.from_numpy(np.fromiter(self.loader.sampler, np.int64)).to(self.y.device)  # all that crosses over
+        for rows in order.split(self.loader.batch_size)[: len(self)]:
+            yield self.X.index_select(0, rows), self.y.index_select(0, rows)
+
+
+def place(data_on: str, device: torch.device, *loaders: DataLoader) -> tuple:
+    """Where the data are, in words, and the loaders: as `GpuBatches` where the data are on the GPU.
+
+    `data_on` is "gpu", "cpu", or "auto": on the GPU if they take at most half of its free memory. Raises `UserError`.
+    """
+    if device.type == "cpu":
+        return "cpu", *loaders
+    n_bytes = sum(4 * loader.dataset.X.size + 8 * len(loader.dataset) for loader in loaders)
+    n_free, _ = torch.cuda.mem_get_info(device)
+    if data_on == "gpu" and n_bytes > n_free:
+        raise UserError(f"--data-on gpu: the data take {n_bytes / 1e9:.3g} GB, {n_free / 1e9:.3g} GB are free: use --data-on cpu")  # fmt: skip
+    if data_on == "gpu" or (data_on == "auto" and n_bytes <= n_free / 2):
+        return "cuda, data on the GPU", *(GpuBatches(loader, device) for loader in loaders)
+    return "cuda, data in main memory", *loaders
 
 
 def map_array(path: Path) -> np.ndarray:
@@ -152,7 +184,7 @@ def mean_and_std(X: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def warn_of_outliers(train_set: NpyDataset) -> None:
     """Say so if a few values, far from all others, make the standard deviation of a feature."""
-    rows = train_set.X[:: max(1, len(train_set) // SAMPLE_ROWS)].astype(np.float32)
+    rows = train_set.X[:: max(1, len(train_set) // 4096)].astype(np.float32)  # their spread stands for that of all
     low, high = np.percentile(rows, (25, 75), axis=0)
     times = np.divide(train_set.std.numpy(), high - low, out=np.zeros_like(low), where=high > low)
     worst = times.argmax()
@@ -160,23 +192,15 @@ def warn_of_outliers(train_set: NpyDataset) -> None:
         say(f"warning: {train_set.X_path}: the standard deviation of feature {worst} is {times[worst]:.0f} times the width of its middle half, so a few values far out set its scale: look for outliers, or clip them", sys.stderr)  # fmt: skip
 
 
-def load_split(data_dir: str | Path | None, split: str) -> NpyDataset:
-    """`X_{split}.npy` and `y_{split}.npy`, where `split` is "train" or "val". Raises `DataError`.
-
-    The folder is `data_dir`, else `$DDP_DATA_DIR`, else `/mnt/ddp/sample`.
-    """
-    folder = Path(data_dir or os.environ.get("DDP_DATA_DIR") or DEFAULT_DATA_DIR)
-    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
-        raise DataError(f"{folder}: there is no such folder: make sample data with 'python -m data_gen', or name another folder with --data-dir")  # fmt: skip
-    return NpyDataset(folder / f"X_{split}.npy", folder / f"y_{split}.npy")
-
-
 def load_splits(data_dir: str | Path | None) -> tuple[NpyDataset, NpyDataset]:
-    """The training and the validation set of a folder (see `load_split`).
+    """The training and the validation set in the folder `data_dir`, else `$DDP_DATA_DIR`, else `/mnt/ddp/sample`.
 
     Warns of outliers in the training set. Raises `DataError`, also if the two do not fit each other.
     """
-    train_set, val_set = load_split(data_dir, "train"), load_split(data_dir, "val")
+    folder = Path(data_dir or os.environ.get("DDP_DATA_DIR") or "/mnt/ddp/sample")
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
+        raise DataError(f"{folder}: there is no such folder: make sample data with 'python -m data_gen', or name another folder with --data-dir")  # fmt: skip
+    train_set, val_set = (NpyDataset(folder / f"X_{split}.npy", folder / f"y_{split}.npy") for split in ("train", "val"))  # fmt: skip
     if train_set.n_features != val_set.n_features:
         raise DataError(f"{val_set.X_path}: {val_set.n_features} features, but {train_set.X_path.name} has {train_set.n_features}: give both the same features")  # fmt: skip
     if np.count_nonzero(train_set.class_counts) == 1:  # the loss would be 0 from the start, and nobody would notice

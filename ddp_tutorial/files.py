@@ -45,7 +45,7 @@ def save_model(path: Path, model: nn.Module) -> None:
     Pass the plain model, so that no `module.` stands before the names. Raises `UserError`.
     """
     buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
+    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, buffer)  # loads without a GPU, too
     try:
         write_atomically(path, buffer.getvalue())
     except OSError as error:

@@ -11,9 +11,6 @@ from ddp_tutorial.console import UserError, is_first_rank
 class ArgumentParser(argparse.ArgumentParser):
     """Raises `UserError` for a bad command line instead of leaving; of several ranks, the first prints the help."""
 
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
     def error(self, message: str):
         raise UserError(f"{message}: see --help")
 
@@ -49,7 +46,7 @@ def seed(text: str) -> int:
 
 def make_parser(description: str) -> ArgumentParser:
     """The flags that all scripts have, for a script whose docstring is `description`."""
-    parser = ArgumentParser(description=description.splitlines()[0])
+    parser = ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data-dir", help="folder of the four files; else $DDP_DATA_DIR, else /mnt/ddp/sample")
     add("--out", type=Path, default=Path("runs/ddp_sample"), help="folder for the results (%(default)s)")
@@ -58,6 +55,7 @@ def make_parser(description: str) -> ArgumentParser:
     add("--lr", type=positive_float, default=1.0, help="learning rate (%(default)s)")
     add("--seed", type=seed, default=0, help="of weights and shuffling (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (%(default)s)")
+    add("--data-on", choices=("auto", "cpu", "gpu"), default="auto", help="whose memory holds the data; auto: the GPU's, if half of what is free is enough")  # fmt: skip
     return parser
 
 
@@ -71,6 +69,8 @@ def parse(description: str, n_gpus: int = 1, parser: ArgumentParser | None = Non
     if args.device == "cuda" and n_found < n_gpus:
         raise UserError(f"--device cuda: {n_gpus} GPUs needed, {n_found} found: use --device auto")
     args.use_gpu = args.device != "cpu" and n_found >= n_gpus
+    if args.data_on == "gpu" and not args.use_gpu:
+        raise UserError("--data-on gpu: the computing is done on the CPU: use --data-on auto")
     return args
 
 

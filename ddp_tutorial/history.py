@@ -38,7 +38,6 @@ class History:
             raise UserError(f"--out {out}: {reason(error)}: name a folder you can write to") from None
         if [line["epoch"] for line in self.kept] != list(range(1, keep_epochs + 1)):
             raise UserError(f"{self.path}: has not the {keep_epochs} epochs of its checkpoint: put it back, or start without --resume")  # fmt: skip
-        self.is_new = True
 
     def append(self, epoch: int, sums: Tensor, val_sums: Tensor, world_size: int = 1) -> None:
         """Add an epoch: its sums over all ranks, (2,) of `train_one_epoch` and (3,) of `evaluate`.
@@ -62,10 +61,10 @@ class History:
             say(f"warning: a validation loss of {line['val_loss']:.4f} is hardly better than guessing ({self.chance:.4f}): look for outliers in X, labels that belong to other rows, or too few steps", sys.stderr)  # fmt: skip
 
     def _write(self, line: dict) -> None:
-        if self.is_new:
+        if self.kept is not None:  # the file is an earlier run's
             text = "".join(json.dumps(each) + "\n" for each in (*self.kept, line))
             write_atomically(self.path, text.encode())
-            self.is_new = False
+            self.kept = None
             return
         with open(self.path, "ab", buffering=0) as file:
             end = file.tell()

@@ -33,8 +33,7 @@ def train_one_epoch(
 def evaluate(model: nn.Module, loader: Iterable, device: torch.device) -> Tensor:
     """One pass over `loader` without training.
 
-    Returns (3,) float64 on `device`: the summed loss (nats), the number of correct predictions and the
-    number of samples.
+    Returns (3,) float64 on `device`: the summed loss (nats), the numbers of correct predictions and of samples.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel  # DDP: averages the gradi
 from torch.utils.data import DataLoader, DistributedSampler  # DDP: deals the samples out to the ranks
 
 from ddp_tutorial import console, flags
-from ddp_tutorial.data import NpyDataset, guessing_loss, load_splits
+from ddp_tutorial.data import NpyDataset, guessing_loss, load_splits, place
 from ddp_tutorial.files import save_model
 from ddp_tutorial.history import History, check_finite
 from ddp_tutorial.model import Standardize
@@ -43,7 +43,8 @@ def train(args, device, train_set, val_set, batch_size, history):
     train_loader = DataLoader(train_set, batch_size, sampler=sampler, drop_last=True, **options)
     mine = range(rank, len(val_set), world_size)  # DDP: no padding, so each sample counts once
     val_loader = DataLoader(val_set, 1024, sampler=mine, **options)  # DDP: my samples
-    console.say(f"{world_size} x {device.type}: {len(train_loader)} steps an epoch")  # DDP: rank 0 says it
+    where, train_loader, val_loader = place(args.data_on, device, train_loader, val_loader)
+    console.say(f"{world_size} x {where}: {len(train_loader)} steps an epoch")  # DDP: rank 0 says it
 
     torch.manual_seed(args.seed)
     scale = Standardize(train_set.mean, train_set.std).to(device)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from ddp_tutorial import console, flags
-from ddp_tutorial.data import NpyDataset, guessing_loss, load_splits
+from ddp_tutorial.data import NpyDataset, guessing_loss, load_splits, place
 from ddp_tutorial.files import save_model
 from ddp_tutorial.history import History, check_finite
 from ddp_tutorial.model import Standardize
@@ -32,7 +32,8 @@ def train(args, device, train_set, val_set, batch_size, history):
     options = {"collate_fn": NpyDataset.collate, "pin_memory": args.use_gpu}
     train_loader = DataLoader(train_set, batch_size, sampler=sampler, drop_last=True, **options)
     val_loader = DataLoader(val_set, 1024, **options)
-    console.say(f"1 x {device.type}: {len(train_loader)} steps an epoch")
+    where, train_loader, val_loader = place(args.data_on, device, train_loader, val_loader)
+    console.say(f"1 x {where}: {len(train_loader)} steps an epoch")
 
     torch.manual_seed(args.seed)
     scale = Standardize(train_set.mean, train_set.std).to(device)

@@ -261,9 +261,9 @@ def result(out: Path) -> Result:
         del line["seconds"]
     model, state = torch.load(out / "model.pt", weights_only=True), None
     if (out / "checkpoint.pt").exists():
-        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         del state["launch"]
-        assert_same(model, state["model"])
+        assert_same(model, dict(state["model"]))
     return Result(history, model, state)
 
 

@@ -194,6 +194,7 @@ FLAGS = {
 }
 if not torch.cuda.is_available():
     FLAGS["no gpu"] = (["--device", "cuda"], "--device cuda", "--device auto")
+    FLAGS["no gpu for the data"] = (["--data-on", "gpu"], "--data-on gpu", "--data-on auto")
 
 
 @pytest.mark.parametrize("case", FLAGS)

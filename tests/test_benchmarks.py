@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import figure, kept, launch, sections
+from benchmarks import figure, gpu_probe, kept, launch, sections
 from benchmarks.launch import Ratio, Run
 from tests.ranks import save_data
 
@@ -83,6 +83,24 @@ def test_only_quick_sections_share_a_launch(quick, expected, launches, plan):
     for _ in range(2):
         plan.run(1, sections.program(sections.SLOWEST), plan.folder, epochs=2)
     assert len(launches) == expected
+
+
+def test_the_ladder_of_a_gpu():
+    """From what the probe has printed: rows, ratios and floors; a way that trains otherwise is refused."""
+    ways = {name: {"s": [1.0 + i, 2.0 + 2 * i], "val_loss": 0.5} for i, name in enumerate(gpu_probe.WAYS)}
+    found = {"rows": ways, "launches": 640, "copy B/s": 1e12, "kernel s": [1e-5, 1e-6]}
+    rows = {row["by"]: row for row in sections.ladder(found, 784, 1024, 64)}
+    assert list(rows)[:7] == list(gpu_probe.WAYS) and len(rows) == 9
+    assert rows[gpu_probe.OURS]["times the scripts"] == (1.0, 1.0, 1.0)
+    assert rows[gpu_probe.GRAPH]["times the scripts"] == (7 / 4, 7 / 4, 7 / 4)
+    assert rows["floor: 10 launches, one by one"]["us a step"] == 100
+    assert rows["floor: 10 kernels in a graph, or 12.8 MB"]["us a step"] == 13
+    case = {"card": "a card", "ranks": 1, "features": 784, "batch": 1024}
+    assert "(a card)" in figure.gpu([case | row for row in rows.values()]).get_suptitle()
+    assert figure.gpu([]) is None
+    ways[gpu_probe.GRAPH]["val_loss"] = 0.502
+    with pytest.raises(AssertionError, match="a CUDA graph of the step: 0.502"):
+        sections.ladder(found, 784, 1024, 64)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from ddp_tutorial import data
-from ddp_tutorial.data import DataError, NpyDataset, guessing_loss, load_splits
+from ddp_tutorial.data import DataError, GpuBatches, NpyDataset, guessing_loss, load_splits, place
 from ddp_tutorial.flags import split_batch
-from tests.ranks import Attack, save_data
+from tests.ranks import Attack, assert_same, save_data
 
 
 def dataset(folder, X, y=None):
@@ -82,6 +82,28 @@ def wild(tmp_path):
     X = rng.standard_normal((1001, 5)) * [1e-3, 1e-3, 1, 4e3, 1e-3] + [4e3, 0, -7, 1e-3, 1]
     X[0] += 10 * np.array([1e-3, 1e-3, 1, 4e3, 1e-3])
     return dataset(tmp_path, X.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "u1"])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_gathered_on_the_device_are_the_loaders(drop_last, dtype, tmp_path, monkeypatch):
+    """In test_gpu.py a GPU gathers them; here the CPU does. The copy is made in several parts."""
+    monkeypatch.setattr(data, "SCAN_BYTES", 7 * 5 * 4)
+    samples = dataset(tmp_path, np.random.default_rng(0).uniform(0, 200, (53, 5)).astype(dtype))
+    for sampler in (DistributedSampler(samples, 2, 1, drop_last=drop_last), range(1, 53, 3), range(0)):
+        loader = DataLoader(samples, 4, sampler=sampler, drop_last=drop_last, collate_fn=NpyDataset.collate)
+        batches = GpuBatches(loader, torch.device("cpu"))
+        for epoch in (0, 1):
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(epoch)
+            expected, found = list(loader), list(batches)
+            assert len(found) == len(batches) == len(expected)
+            assert_same(found, expected)
+
+
+def test_without_a_gpu_the_data_stay_where_they_are(tmp_path):
+    loader = DataLoader(dataset(tmp_path, np.ones((4, 2), np.float32)), 2)
+    assert place("auto", torch.device("cpu"), loader, loader) == ("cpu", loader, loader)
 
 
 @pytest.mark.parametrize("scan_bytes", [20, 3000, 2**24])  # a row at a time, several, all

@@ -408,6 +408,38 @@ def test_a_rank_that_hangs_is_not_waited_for(at, data, tmp_path):
     assert n_lines(tmp_path / "out") == 1 and progress(tmp_path / "out") == (1, 0)
 
 
+ASKED = """
+import os, signal, time
+from ddp_tutorial.ranks import run
+
+run.PATIENCE = {patience}
+request = run.StopRequest()
+{before}
+os.kill(os.getpid(), signal.SIGTERM)
+{after}
+assert request.noted
+"""
+
+
+@pytest.mark.parametrize(
+    "patience, before, after, code",
+    [
+        (0.3, "request.waits(True)", "time.sleep(100)", 143),
+        (0.3, "request.waits(True); request.waits(False)", "time.sleep(1.5)", 0),  # it validates, or saves
+        pytest.param(
+            3, "request.waits(True)", "[(time.sleep(0.1), request.waits(True)) for _ in range(60)]", 0, marks=slow
+        ),
+        pytest.param(2, "request.waits(True); time.sleep(2); request.waits(True)", "time.sleep(4)", 0, marks=slow),
+    ],
+    ids=["stands still", "does not wait", "goes on", "long steps"],
+)
+def test_a_rank_that_is_asked_to_stop_and_waits_for_a_dead_one_leaves(patience, before, after, code, tmp_path):
+    """On NCCL it would wait in a call that no handler interrupts, until torchrun kills it after half a minute."""
+    script = tmp_path / "asked.py"
+    script.write_text(ASKED.format(patience=patience, before=before, after=after))
+    assert codes(start_ranks(0, script)) == [code]
+
+
 @pytest.mark.parametrize("n, rank", [pytest.param(0, 0, marks=slow), pytest.param(4, 0, marks=slow), (4, 2)])
 def test_training_that_diverges(n, rank, at, data, begun, tmp_path):
     """The values of one step, on one rank, become infinite, after two epochs that were good."""

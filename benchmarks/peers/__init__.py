@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256, help="over all ranks")
     parser.add_argument("--lr", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu", help="of the limit only")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of all but the hand-written programs")
     parser.add_argument("--dataset", choices=("per-sample", "tensor", "gather"), default="per-sample")
     return parser.parse_args()
 

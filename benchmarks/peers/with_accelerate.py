@@ -24,7 +24,7 @@ def train(args, accelerator: Accelerator) -> None:
             accelerator.backward(loss)
             optimizer.step()
         model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         with torch.no_grad():
             for x, y in val_loader:
                 sums += sums_of(*accelerator.gather_for_metrics((model(x), y)))
@@ -33,8 +33,9 @@ def train(args, accelerator: Accelerator) -> None:
 
 
 def main() -> None:
-    accelerator = Accelerator(cpu=True)
-    train(parse_args(), accelerator)
+    args = parse_args()
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    train(args, accelerator)
     accelerator.free_memory()  # a model that outlives the process group may hang its rank
     accelerator.end_training()
 

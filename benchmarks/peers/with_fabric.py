@@ -12,7 +12,7 @@ from benchmarks.peers import MOMENTUM, History, loaders, new_model, parse_args, 
 def main() -> None:
     args = parse_args()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    fabric = Fabric(accelerator="cpu", devices=world_size, strategy="ddp" if world_size > 1 else "auto")
+    fabric = Fabric(accelerator=args.device, devices=world_size, strategy="ddp" if world_size > 1 else "auto")
     fabric.launch()
     model = new_model(args)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=MOMENTUM)

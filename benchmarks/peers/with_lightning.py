@@ -27,7 +27,7 @@ class Module(LightningModule):
         return nll_loss(self.model(x), y)
 
     def on_validation_epoch_start(self):
-        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch, batch_index):
         x, y = batch
@@ -44,7 +44,7 @@ def main() -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     history = History(args)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=args.device,
         devices=world_size,
         strategy="ddp" if world_size > 1 else "auto",
         max_epochs=args.epochs,

@@ -103,6 +103,10 @@ def meeting(timeout: timedelta) -> Iterator[dist.Store]:
             fail_because("no answer")
         os._exit(2)
 
+    # When a rank fails, NCCL's watchdog would ask all to write down what they did last, and wait for that: four times
+    # 15 s. It asks through torchrun's store, past any prefix: a restarted group would find it there, and stand still.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000")
     watchdog = threading.Timer(2 * timeout.total_seconds() + 5, give_up)
     watchdog.daemon = True
     watchdog.start()

@@ -3,6 +3,8 @@
 import itertools
 import os
 import signal
+import threading
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +20,7 @@ from ddp_tutorial.ranks import checkpoint, exchange
 from ddp_tutorial.ranks.failure import fail_together
 
 STEPS_BETWEEN = 10  # after which the ranks ask each other whether one is to stop
+PATIENCE = 5.0  # seconds, and twice the longest step: then a rank that is to stop, and waits for others, leaves
 
 
 class Stopped(UserError):
@@ -29,13 +32,32 @@ class Stopped(UserError):
 class StopRequest:
     """Notes SIGTERM and SIGUSR1, as schedulers send them before they take a machine away, and Ctrl-C.
 
-    A second Ctrl-C ends the process at once.
+    A second Ctrl-C ends the process at once. torchrun sends SIGTERM as well, when a rank has died. On NCCL the others
+    may wait for that rank in a call that no handler interrupts: then a thread ends them.
     """
 
     def __init__(self):
-        self.noted = False
+        self.noted, self.waits_since, self.longest = False, None, 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, whatever the rank waits for
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    def waits(self, yes: bool) -> None:
+        """From now on this rank may have to wait for the others, or not."""
+        now = time.monotonic()
+        self.longest = max(self.longest, now - (self.waits_since or now))
+        self.waits_since = now if yes else None
+
+    def _watch(self, reader: int) -> None:
+        while signal.SIGTERM not in os.read(reader, 1):
+            pass
+        asked = time.monotonic()
+        while time.monotonic() - max(asked, self.waits_since or time.monotonic()) < PATIENCE + 2 * self.longest:
+            time.sleep(0.1)
+        os._exit(128 + signal.SIGTERM)  # as shells give it
 
     def _note(self, number, frame) -> None:
         self.noted = True
@@ -119,10 +141,12 @@ class Run:
     def batches(self, loader: Iterable) -> Iterator:
         """The batches of `loader`, up to a step at which the ranks agree to stop."""
         random_numbers = torch.get_rng_state()
+        self.stop.waits(True)
         for n_steps, batch in enumerate(loader, 1):
             if n_steps == 1:  # a loader draws a seed as it starts: not from the numbers that a checkpoint holds
                 torch.set_rng_state(random_numbers)
             yield batch
+            self.stop.waits(True)
             if n_steps % STEPS_BETWEEN == 0 and n_steps < len(loader) and self.stop.on_any_rank():
                 self.in_the_middle = True  # of the epoch, on all ranks
                 return
@@ -132,6 +156,7 @@ class Run:
         n_finite = steps[:, :1].cumsum(0).isfinite().sum(0)
         rows = from_all_ranks(torch.cat((steps.sum(0), n_finite)))
         self.sums = self.sums + rows[:, :2].sum(0).cpu()
+        self.stop.waits(False)
         n_before = self.sampler.n_done // int(steps[0, 1])  # steps of this epoch that an earlier run has made
         check_finite(self.epoch, self.sums, step=n_before + int(rows[:, 2].min()) + 1)
         if self.in_the_middle:
@@ -141,7 +166,9 @@ class Run:
 
     def validated(self, val_sums: Tensor) -> None:
         """Write the finished epoch down. Raises `Stopped` if a rank was asked to, unless this was the last epoch."""
-        rows = from_all_ranks(torch.cat((val_sums, val_sums.new_tensor([self.stop.noted]))))
+        self.stop.waits(True)
+        rows = from_all_ranks(torch.cat((val_sums, val_sums.new_tensor([self.stop.noted])))).cpu()
+        self.stop.waits(False)
         check_finite(self.epoch, val_sums := rows[:, :3].sum(0))
         sums, self.sums = self.sums, torch.zeros(2, dtype=torch.float64)
         with fail_together():
