@@ -1,4 +1,4 @@
-"""The pages as a web site, from the notebooks' stored outputs: sphinx-build -W -M html . docs/_build -c docs
+"""The pages as a web site, from the notebooks' stored outputs: sphinx-build -M html . docs/_build -c docs -W
 
 The notebooks and the README are taken from where they are. No page loads anything from the network.
 """
