@@ -9,14 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from ddp_tutorial.history import read
 from ddp_tutorial.ranks import checkpoint
 from tests.chaos import KINDS
-from tests.ranks import DDP, SINGLE, Launch, assert_equal, changed, losses, result, save_data, start_ranks, train
+from tests.ranks import DDP, SINGLE, Launch, assert_equal, changed, hundred_samples, losses, result, start_ranks, train
 
 FLAGS = ("--batch-size", 4, "--epochs", 3)  # epochs of 25 steps: stops are agreed on after the steps 10, 20 and 25
 RESTARTED = {rank: {"TORCHELASTIC_RESTART_COUNT": 1} for rank in range(4)}
@@ -28,10 +27,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((160, 3)).astype(np.float32), np.arange(160) % 3
-    arrays = {"X_train": X[:100], "y_train": y[:100], "X_val": X[100:], "y_val": y[100:]}
-    return save_data(tmp_path_factory.mktemp("failures"), **arrays)
+    return hundred_samples(tmp_path_factory.mktemp("failures"))
 
 
 @pytest.fixture(scope="module")

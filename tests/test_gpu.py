@@ -17,6 +17,7 @@ from tests.ranks import (
     assert_equal,
     assert_same,
     changed,
+    hundred_samples,
     losses,
     result,
     save_data,
@@ -37,10 +38,7 @@ LIMIT = 300  # seconds after which a launch hangs
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    X, y = rng.standard_normal((160, 3)).astype(np.float32), np.arange(160) % 3
-    arrays = {"X_train": X[:100], "y_train": y[:100], "X_val": X[100:], "y_val": y[100:]}
-    return save_data(tmp_path_factory.mktemp("gpu"), **arrays)
+    return hundred_samples(tmp_path_factory.mktemp("gpu"))
 
 
 @pytest.fixture(scope="module")
