@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 
-def print_table(name: str, description: str, rows: list[dict]) -> None:
+def print_table(name: str, description: str, rows: list[dict], needs: str = "") -> None:
     print(f"\n{name}: {description}", flush=True)
     if not rows:
-        print("  not here: this machine has no GPU", flush=True)
+        print(f"  not here: this needs {needs}", flush=True)
         return
     cells = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -58,12 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         plan.section = name
         results[name] = sections.SECTIONS[name](plan)
-        print_table(name, sections.SECTIONS[name].__doc__.splitlines()[0], results[name])
+        about = sections.SECTIONS[name].__doc__.splitlines()[0]
+        print_table(name, about, results[name], sections.NEEDS.get(name, ""))
         write_atomically(args.out / "results.json", json.dumps(results, indent=1).encode())
     if "training" in results:
         figure.peers(results["training"]).savefig(args.out / "peers.png", dpi=150)
     if ladder := figure.gpu(results.get("gpu", [])):
         ladder.savefig(args.out / "gpu.png", dpi=150)
+    if cables := figure.network(results.get("network", [])):
+        cables.savefig(args.out / "network.png", dpi=150, metadata={"Title": cables.get_suptitle()})
     store.forget(names)
     print(f"\n{args.out / 'results.json'}, after {time.monotonic() - start:.0f} s")
     return 0

@@ -1,10 +1,11 @@
-"""The figures that the README and chapter 3 show."""
+"""The figures that the README and chapters 3 and 8 show."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from benchmarks import gpu_probe
+from benchmarks import gpu_probe, network_probe
 from benchmarks.sections import OURS
 from ddp_tutorial.show import figures
 
@@ -61,4 +62,39 @@ def gpu(rows: list[dict]) -> Figure | None:
     ax.set_yticks(range(len(ways)), list(ways))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
+    return figure
+
+
+def network(rows: list[dict]) -> Figure | None:
+    """What a batch takes against the bandwidth, for each way to exchange: measured, and by the alpha-beta model."""
+    if not rows:
+        return None
+    figures.use_style()
+    figure, ax = plt.subplots(figsize=(9, 4.2))
+    rates = sorted({row["Mbit/s"] for row in rows if row["Mbit/s"]})
+    no_limit, line = 4 * rates[-1], np.geomspace(rates[0], rates[-1], 100)
+    ways = (network_probe.PLAIN, network_probe.HALF, network_probe.RARE)
+    for i, way in enumerate(ways):
+        color, marker, ls = figures.COLORS[i], figures.MARKERS[i], ("-", "--", ":")[i]
+        mine = sorted((row["Mbit/s"] or no_limit, *row["ms a batch"], row["of the model, ms"]) for row in rows if row["by"] == way)  # fmt: skip
+        x, median, low, high, model = np.array(mine).T
+        ax.plot(
+            line, np.interp(-1 / line, -1 / x[:-1], model[:-1]), ls=ls, color=color
+        )  # it is linear in 1 / bandwidth
+        x[-1] *= 1.12 ** (i - 1)  # side by side: they are nearly the same there
+        ax.errorbar(x, median, (median - low, high - median), fmt=marker, color=color, ms=7, elinewidth=1.2, capsize=3)
+        ax.plot([], [], marker=marker, ls=ls, ms=7, color=color, label=way)
+    (silent,) = (row["ms a batch"][0] for row in rows if row["by"] == network_probe.SILENT and not row["Mbit/s"])
+    ax.axhline(silent, color="#555555", lw=1.2, ls=(0, (6, 2, 1, 2)), label=network_probe.SILENT)
+    plain, half, rare = (row["ms a batch"][0] for row in rows if row["Mbit/s"] == rates[0] and row["by"] in ways)
+    title = f"At {rates[0]} Mbit/s: fp16 gradients {plain / half:.1f} times as fast, one exchange for 4 batches {plain / rare:.1f} times"  # fmt: skip
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
+    ax.set(xscale="log", yscale="log", xlim=(rates[0] / 1.3, no_limit * 1.5))
+    ax.set(xlabel="bandwidth of the network (Mbit/s, logarithmic)", ylabel="time of a batch (ms, logarithmic)")
+    ax.set_xticks([*rates, no_limit], [*(f"{rate:,}" for rate in rates), "no limit"])
+    ticks = [ms for ms in (5, 10, 20, 50, 100, 200, 500, 1000) if ax.get_ylim()[0] <= ms <= ax.get_ylim()[1]]
+    ax.set_yticks(ticks, ticks)
+    ax.minorticks_off()
+    note = f"two ranks, {rows[0]['cores']} cores; lines: the model;\npoints: measured (median, least, most)"
+    ax.legend(loc="upper right", title=note, alignment="left")
     return figure

@@ -5,7 +5,9 @@ import io
 import itertools
 import json
 import math
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from torch import nn
 from torch.nn.functional import nll_loss
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from benchmarks import gpu_probe, launch
+from benchmarks import gpu_probe, launch, network_probe
 from benchmarks.kept import Kept
 from benchmarks.launch import Ratio, Run
 from benchmarks.peers import PerSampleDataset
@@ -442,6 +444,39 @@ def ladder(found: dict, n_features: int, size: int, n_steps: int) -> list[dict]:
     return rows
 
 
+def network(plan: Plan) -> list[dict]:
+    """What a batch takes on two ranks that a slow network joins, one on each side, beside the alpha-beta model."""
+    if not (prefix := network_probe.isolated()):
+        return []
+    rates, rounds = ((0, 100), 1) if plan.quick else ((0, 3000, 1000, 300, 100), 7)
+    return beside_model(plan.measure("rates", network_once, prefix, rounds, rates))
+
+
+def network_once(prefix: list[str], rounds: int, rates: tuple) -> dict:
+    """What the probe prints."""
+    words = map(str, (*prefix, sys.executable, "-m", "benchmarks.network_probe", rounds, *rates))
+    end = launch.call(list(words))
+    return json.loads(next(line for line in end.output.splitlines() if line.startswith("{")))
+
+
+def beside_model(found: dict) -> list[dict]:
+    """A row for each rate and way. Two times without a limit are all that the model is told: computing, and plain DDP."""
+    times = {rate: {way: Ratio.of(round(1e3 * s, 2) for s, _ in steps) for way, steps in ways.items()} for rate, ways in found["rates"].items()}  # fmt: skip
+    compute = times["0"][network_probe.SILENT].median
+    alpha = times["0"][network_probe.PLAIN].median - compute
+    rows = []
+    for rate, ways in times.items():
+        beta = 8 / (1e3 * int(rate)) if int(rate) else 0  # ms for each byte, of which a ring of two sends each once
+        for way, ms in ways.items():
+            hook, n_batches = network_probe.WAYS[way]
+            cost = alpha + beta * found["bytes"] / (2 if hook else 1)
+            model = compute + (0 if way == network_probe.SILENT else cost / n_batches)
+            sent = statistics.median(n for _, n in found["rates"][rate][way])
+            row = {"cores": len(os.sched_getaffinity(0)), "Mbit/s": int(rate) or None, "by": way, "ms a batch": ms}
+            rows.append(row | {"of the model, ms": round(model, 1), "MB sent a batch": round(sent / 1e6, 3)})
+    return rows
+
+
 SECTIONS = {
     "data": data_path,
     "step": step,
@@ -453,4 +488,9 @@ SECTIONS = {
     "memory": memory,
     "growth": growth,
     "gpu": gpu,
+    "network": network,
+}
+NEEDS = {  # what a section without rows has not found here
+    "gpu": "a GPU",
+    "network": "the commands unshare, ip and tc, and root, or a kernel that gives users namespaces of their own",
 }

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.reuse and present == parameters:
         print(f"{args.out} holds these data already")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished files are removed
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished files are removed
     generate = {"gaussian": gaussian.generate, "digits": digits.generate}[args.kind]
     try:
         with open_output(args.out, replace=args.force or (args.reuse and present is not None)) as output:
@@ -113,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"python -m data_gen: interrupted; nothing was written to {args.out}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"{args.out}: {facts['summary']}")
     if "bayes" in facts:
         train, val = facts["bayes"]["train"], facts["bayes"]["val"]

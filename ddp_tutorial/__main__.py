@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ddp_tutorial import flags, history
 from ddp_tutorial.console import UserError
-from ddp_tutorial.show import figures
+from ddp_tutorial.show import figures, prepare_launches
 
 SCRIPT = Path(__file__).resolve().parents[1] / "notebooks" / "ddp_sample.py"
 
@@ -17,8 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "notebooks" / "ddp_sample.py"
 def run(what: str, *command: str) -> None:
     """Run a Python module with arguments; its output goes to the terminal. Raises `UserError` if it fails."""
     print(f"\n{what}\n$ python -m {' '.join(command)}", flush=True)
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    if subprocess.run([sys.executable, "-m", *command], env=environment).returncode:
+    if subprocess.run([sys.executable, "-m", *command]).returncode:
         raise UserError("the command above failed: its own message says why")
 
 
@@ -38,6 +37,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=flags.positive_int, default=100, help="passes over the training set")
     args = parser.parse_args()
     data, results = args.out / "data", args.out / "results"
+    prepare_launches()
     try:
         run("1. Sample data: Gaussian classes", "data_gen", "gaussian", "--out", str(data), "--reuse")
         if not SCRIPT.exists():

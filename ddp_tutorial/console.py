@@ -4,12 +4,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
+LAUNCHERS = "SLURM_STEP_NUM_TASKS SLURM_PROCID, OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK, PMI_SIZE PMI_RANK, PMIX_SIZE PMIX_RANK"  # how many processes, and which of them this is: srun, Open MPI, MPICH and Intel MPI, PMIx  # fmt: skip
 PATIENCE = 20.0  # seconds in which the first rank finds the mistake that another one has found
 
 
@@ -53,25 +55,28 @@ def report(mistake: UserError) -> None:
     print(f"{Path(sys.argv[0]).name}: {mistake.kind}: {mistake}", file=sys.stderr, flush=True)
 
 
-def leave(code: int) -> NoReturn:
-    """End the program. A rank ends at once: gloo's threads abort the shutdown of one whose group is still there."""
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+def check_launcher(env: Mapping = os.environ) -> None:
+    """Leave with one line and 2 if this is one of several processes that a launcher has started without RANK."""
+    for size, rank in map(str.split, LAUNCHERS.split(",")):
+        if "RANK" not in env and (env.get(size, "1") != "1" or env.get(rank, "0") != "0"):
+            n = env.get(size, "several")
+            if env.get(rank, "0") == ("0" if size in env else "1"):  # one speaks; PMIx alone tells no number
+                report(UserError(f"{n} processes without RANK ({size}={n}): each would train alone: let the launcher start one torchrun on each machine, which starts the ranks (chapter 8)"))  # fmt: skip
+            time.sleep(2)  # once one has left, the launcher may kill the one that speaks
+            sys.exit(2)
 
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a `UserError` ends the program with one line and the error's exit code.
 
-    All ranks find a mistake, and the first one speaks. torchrun terminates the others as soon as one has left, so
-    none leaves before all have had the time to find it.
+    All ranks find a mistake, the first one speaks, and none leaves early: torchrun would then terminate the others.
     """
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        leave(130)  # what shells give a program that Ctrl-C has ended
+        code = 130  # what shells give a program that Ctrl-C has ended
     except UserError as mistake:
+        traceback.clear_frames(mistake.__traceback__)  # a notebook would keep them, and with them the lock on --out
         code, by_torchrun = mistake.code, "TORCHELASTIC_RUN_ID" in os.environ
         if by_torchrun:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
@@ -81,4 +86,7 @@ def run(main: Callable[[], None]) -> None:
         elif by_torchrun:
             time.sleep(PATIENCE)
             report(mistake)  # the first rank has not found it: its machine has other files
-        leave(code)
+    if "RANK" in os.environ:  # a rank ends at once: gloo's threads abort the shutdown of one that still has its group
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

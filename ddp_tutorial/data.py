@@ -27,9 +27,7 @@ class NpyDataset(Dataset):
     Both files stay on disk, mapped read-only; the ranks of one machine share a single copy in its page cache. A
     `DataLoader` fetches a whole batch by one `__getitems__`; `collate_fn=NpyDataset.collate` takes it as it is.
 
-    Attributes: `n_features` F; `mean` and `std` (F,) float64 of each feature; `class_counts` (C,) int64, how often
-    each label from 0 on occurs; `n_classes` C.
-
+    Attributes: `n_features` F; `mean`, `std` (F,) float64; `class_counts` (C,) int64, of each label; `n_classes` C.
     Raises `DataError` for a missing, damaged or unsuitable file: every label and every feature is looked at, once.
     """
 
@@ -121,10 +119,8 @@ def map_array(path: Path) -> np.ndarray:
 def why_unreadable(path: Path, error: Exception) -> str:
     with open(path, "rb") as file:
         head = file.read(6)
-    if not head:
-        return "the file is empty"
     if head != b"\x93NUMPY":
-        return "this is not a .npy file"
+        return "this is not a .npy file" if head else "the file is empty"
     if "object" in str(error).lower():
         return "it holds Python objects, which could run code when loaded"
     return "the file is damaged or was cut short"
@@ -163,9 +159,8 @@ def count_labels(y: np.ndarray, path: Path) -> np.ndarray:
 def mean_and_std(X: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each column, (F,) float64 each, by one pass over the file.
 
-    The values are taken relative to the first row, which keeps the variance exact where the mean is large
-    (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983).
-    Raises `DataError` if a value is not finite in float32.
+    Values relative to the first row keep the variance exact where the mean is large (Chan, Golub and LeVeque,
+    "Algorithms for Computing the Sample Variance", 1983). Raises `DataError` if one is not finite in float32.
     """
     step = max(1, SCAN_BYTES // (4 * X.shape[1]))
     sums = np.zeros((2, X.shape[1]))

@@ -1,5 +1,6 @@
 """Files that are on the disk whole, or not at all."""
 
+import fcntl
 import io
 import os
 import stat
@@ -18,11 +19,28 @@ def check_regular(path: Path) -> None:
         raise OSError("this is not a file")
 
 
+def lock(path: Path) -> io.IOBase:
+    """A file that no other process can lock while it is open here; the lock of a process that dies is gone.
+
+    Some disks have no locks: nothing is locked there. Raises `UserError`, which names the process that has the lock.
+    """
+    file = open(path, "a+")
+    with suppress(OSError):  # no lock, or no room for the name
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            first = path.read_text().strip() or "another process"
+            raise UserError(f"--out {path.parent}: {first} trains there: end it first, or name another --out") from None
+        file.truncate(0)
+        print(f"process {os.getpid()} on {os.uname().nodename}", file=file, flush=True)
+    return file
+
+
 def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Put `content` under the name `path`; rename the file that it replaces to `keep`.
 
-    The bytes go to a temporary file in the same folder, are flushed to the disk and get their name by a
-    rename: a process killed at any moment leaves a whole file under `path` or `keep`. Raises `OSError`.
+    A temporary file in the same folder gets the bytes, then the name: a process killed at any moment leaves a whole
+    file under `path` or `keep`. Raises `OSError`.
     """
     temporary = path.with_suffix(".writing" + path.suffix)
     try:

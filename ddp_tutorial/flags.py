@@ -1,47 +1,38 @@
 """The command line of the three scripts."""
 
 import argparse
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ddp_tutorial.console import UserError, is_first_rank
+from ddp_tutorial.console import UserError, check_launcher, is_first_rank
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """Raises `UserError` for a bad command line instead of leaving; of several ranks, the first prints the help."""
 
     def error(self, message: str):
-        raise UserError(f"{message}: see --help")
+        old = "--local" in message  # an older launcher sets that flag
+        raise UserError(f"{message}: {'launch with torchrun, which needs no such flag' if old else 'see --help'}")
 
     def print_help(self, file=None) -> None:
         if is_first_rank():
             super().print_help(file)
 
 
-def positive_int(text: str) -> int:
-    """An argparse type."""
-    if not (text.isdecimal() and 0 < int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
+def number(text: str, kind: type, low: float, high: float, what: str) -> float:
+    """An argparse type, once the others are given: a number of the type `kind`, from `low` to below `high`."""
+    with suppress(ValueError):
+        if low <= (value := kind(text)) < high:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not {what}")
 
 
-def positive_float(text: str) -> float:
-    """An argparse type."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e38:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 that float32 can hold")
-    return value
-
-
-def seed(text: str) -> int:
-    """An argparse type: what `torch.manual_seed` takes, and the numbers of a run's epochs can be added to."""
-    if not (text.isdecimal() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
-    return int(text)
+positive_int = partial(number, kind=int, low=1, high=2**63, what="a whole number above 0")
+positive_float = partial(number, kind=float, low=1e-45, high=1e38, what="a number above 0 that float32 can hold")
+seed = partial(number, kind=int, low=0, high=2**63, what="a whole number from 0 to 2**63 - 1")
 
 
 def make_parser(description: str) -> ArgumentParser:
@@ -60,10 +51,8 @@ def make_parser(description: str) -> ArgumentParser:
 
 
 def parse(description: str, n_gpus: int = 1, parser: ArgumentParser | None = None) -> argparse.Namespace:
-    """The flags, and `use_gpu`: whether `--device` and the `n_gpus` that are needed here say so.
-
-    Raises `UserError`.
-    """
+    """The flags, and `use_gpu`: whether `--device` and the `n_gpus` needed here say so. Raises `UserError`."""
+    check_launcher()
     args = (parser or make_parser(description)).parse_args()
     n_found = torch.cuda.device_count()
     if args.device == "cuda" and n_found < n_gpus:

@@ -2,7 +2,8 @@
 
 A run survives if it ends by itself after one restart for each kill, and is identical if its history and its last
 checkpoint are those of a run that nothing befell: bit for bit, but for the last digits of the mean loss of an epoch
-that was cut in two. After each kill the history must consist of whole lines, and at the end no process, no open port
+that was cut in two. With `--agents 2` the ranks are those of two agents, each a torchrun that takes the other's place
+for one on another machine. After each kill the history must consist of whole lines, and at the end no process, no open port
 and no file in TMPDIR may be left. Where torchrun is asked to stop, its checkpoint must be whole, and a run that
 resumes must survive. A kill that comes too late is not counted but repeated.
 
@@ -34,6 +35,7 @@ KINDS = {
     "torn": "rank 0, within the write of a checkpoint",
     "two": "two ranks at once",
     "all": "all ranks at once",
+    "machine": "all ranks of one agent (with several agents)",
     "again": "a rank, and then one of the restarted group before that trains",
     "SIGTERM": "torchrun is asked to stop, once there is a checkpoint",
     "SIGINT": "torchrun is interrupted, once there is a checkpoint",
@@ -47,14 +49,20 @@ class Late(Exception):
 class Run:
     """A run, and what befell it."""
 
-    def __init__(self, launch: Launch, out: Path, n_ranks: int):
-        self.launch, self.out, self.n_ranks = launch, out, n_ranks
-        self.kills, self.torn, self.noticed, self.trains = [], set(), None, None
+    def __init__(self, launch: Launch, out: Path, args: argparse.Namespace):
+        self.launch, self.out, self.n_ranks, self.n_agents, self.all_epochs = (
+            launch,
+            out,
+            args.ranks,
+            args.agents,
+            args.epochs,
+        )
+        self.kills, self.torn, self.noticed, self.trains, self.dead = [], set(), None, None, set()
 
     def until(self, condition, pause: float = 0.01):
         """What `condition` returns, once it is true."""
         while not (value := condition()):
-            if self.launch.agent.poll() is not None:
+            if any(agent.poll() is not None for agent in self.launch.agents):
                 raise Late
             time.sleep(pause)
         return value
@@ -65,7 +73,11 @@ class Run:
 
     def group(self) -> dict[int, int]:
         """The ranks' process ids, once all of them have started."""
-        return self.until(lambda: len(pids := self.launch.ranks(len(self.kills))) == self.n_ranks and pids)
+        return self.until(
+            lambda: (
+                len(pids := self.launch.ranks(None)) == self.n_ranks and self.dead.isdisjoint(pids.values()) and pids
+            )
+        )
 
     def n_epochs(self) -> int:
         """How many epochs the history has, each in a whole line."""
@@ -88,11 +100,14 @@ class Run:
         """Kill them, wait until the others have been ended, and look at what is left."""
         if all(state(pids[rank]) == "Z" for rank in ranks):
             raise Late
+        if self.n_agents > 1 and self.n_epochs() == self.all_epochs:  # an agent whose ranks are done meets no more
+            raise Late
         self.moment = time.time()
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(pids[rank], signal.SIGKILL)
-        self.until(lambda: not self.launch.ranks(len(self.kills)))
+        self.dead |= set(pids.values())
+        self.until(lambda: self.dead.isdisjoint(self.launch.ranks(None).values()))
         self.kills.append(f"{' and '.join(map(str, ranks))} after epoch {self.n_epochs()}")
         if key := identity(self.out / "checkpoint.writing.pt"):
             self.torn.add(key)
@@ -142,8 +157,13 @@ def befall(run: Run, kind: str, rng: random.Random, start: float, end: float) ->
     run.sleep(rng.uniform(0, end))
     if kind == "torn":
         run.stop_in_a_write(pids[0])
-    n = {"two": 2, "all": run.n_ranks}.get(kind, 1)
-    run.kill([0] if kind == "torn" else rng.sample(range(run.n_ranks), n), pids)
+    each = run.n_ranks // run.n_agents
+    chosen = rng.sample(range(run.n_ranks), {"two": 2, "all": run.n_ranks}.get(kind, 1))
+    if kind == "two" and run.n_agents > 1:  # on different agents
+        chosen = [agent * each + rng.randrange(each) for agent in rng.sample(range(run.n_agents), 2)]
+    if kind == "machine":
+        chosen = [rank for rank in range(run.n_ranks) if rank // each == chosen[0] // each]
+    run.kill([0] if kind == "torn" else chosen, pids)
     if kind == "again":
         pids = run.group()
         run.sleep(rng.uniform(0, start))
@@ -158,7 +178,7 @@ class Chaos:
         self.folder, self.args, self.expected = folder, args, None
         data_gen("digits", "--out", folder / "data")
         with self.launch("whole") as launch:
-            run = Run(launch, folder / "whole", args.ranks)
+            run = Run(launch, folder / "whole", args)
             run.group()
             begin = time.monotonic()
             run.until(run.n_epochs)
@@ -173,13 +193,13 @@ class Chaos:
     def launch(self, name: str, *flags) -> Launch:
         paths = ("--data-dir", self.folder / "data", "--out", self.folder / name)
         flags = (*paths, "--epochs", self.args.epochs, "--batch-size", 64, *flags)
-        return Launch(self.args.ranks, RESILIENT, *flags, restarts=3)
+        return Launch(self.args.ranks, RESILIENT, *flags, restarts=3, n_agents=self.args.agents)
 
     def verdict(self, run: Run) -> list[str]:
         """What is wrong with a run that was to go to its end, with one restart for each kill."""
         done = run.launch.wait(300)
         wrong = [f"exit code {done.returncode}"] * (done.returncode != 0) + run.launch.left()
-        if (n := done.stderr.count("failed (exitcode")) != len(run.kills):
+        if (n := done.stderr.count("failed (exitcode")) != len(run.kills) and run.n_agents == 1:
             wrong.append(f"{n} groups failed")
         try:
             if self.expected and not wrong:
@@ -196,7 +216,7 @@ class Chaos:
             return wrong
         run.n_epochs()
         with self.launch(run.out.name, "--resume") as launch:
-            return self.verdict(Run(launch, run.out, run.n_ranks))
+            return self.verdict(Run(launch, run.out, self.args))
 
     def run(self, i: int, kind: str) -> tuple[Run, list[str]]:
         """The run, and what is wrong with it."""
@@ -204,7 +224,7 @@ class Chaos:
             rng, name = random.Random(f"{self.args.seed} {i} {attempt}"), f"{i}.{attempt}"
             shorter = 0.8**attempt  # each late run: the machine may be less busy than when `end` was measured
             with self.launch(name) as launch:
-                run = Run(launch, self.folder / name, self.args.ranks)
+                run = Run(launch, self.folder / name, self.args)
                 try:
                     befall(run, kind, rng, self.start * shorter, self.end * shorter)
                     wrong = self.stopped(run) if kind.startswith("SIG") else self.verdict(run)
@@ -246,10 +266,13 @@ def main() -> int:
     )
     parser.add_argument("n", nargs="?", type=int, default=50, help="runs (%(default)s)")
     parser.add_argument("--ranks", type=int, default=4, help="of each run (%(default)s)")
+    parser.add_argument("--agents", type=int, default=1, help="that share the ranks (%(default)s)")
     parser.add_argument("--epochs", type=int, default=25, help="of each run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of kinds, ranks and moments (%(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="which, in turn (all)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="which, in turn (all that fit)")
     args = parser.parse_args()
+    fit = [kind for kind in KINDS if (not kind.startswith("SIG") if args.agents > 1 else kind != "machine")]
+    args.kinds = args.kinds or fit
     kinds = [args.kinds[i % len(args.kinds)] for i in range(args.n)]
     random.Random(args.seed).shuffle(kinds)
     runs, begin = [], time.monotonic()

@@ -5,6 +5,7 @@ code and output, which torchrun hides behind its summary. A forked rank ends wit
 and inherits imports that a fresh one makes itself: where either matters, use `torchrun` or `fork=False`.
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -82,29 +83,44 @@ def torchrun(n: int, script: Path, *flags, timeout: float = HANG) -> subprocess.
 
 
 class Launch:
-    """`torchrun` in the background; what is left of it at the end of the `with` block is ended."""
+    """`torchrun` in the background; what is left of it at the end of the `with` block is ended.
 
-    def __init__(self, n: int, script: Path, *flags, restarts: int = 0):
+    With `n_agents` it is that many of them, as if each were on a machine of its own, for `n` ranks in all; `nnodes` is
+    their flag, and `agent` the one that holds the meeting. `options` are torchrun's, besides.
+    """
+
+    def __init__(
+        self, n: int, script: Path, *flags, restarts: int = 0, n_agents: int = 1, nnodes: str = "", options: tuple = ()
+    ):
         program = shutil.which("torchrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
-        options = ["--standalone", f"--nproc-per-node={n}", "--nnodes=1"]
-        options += [f"--max-restarts={restarts}"] if restarts else []
+        place = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
+        options = [*(place if n_agents > 1 else ["--standalone"]), f"--nproc-per-node={n // n_agents}", *options]
+        options += [f"--nnodes={nnodes or n_agents}"] + [f"--max-restarts={restarts}"] * (restarts > 0)
         self.command = [program, *options, *map(str, (script, *flags))]
         self._temporary, self._port = tempfile.TemporaryDirectory(), None
         self.folder = Path(self._temporary.name)  # in the environment of each of its processes, as TMPDIR
         self._outputs = {stream: tempfile.TemporaryFile("a+") for stream in ("stdout", "stderr")}
-        self.agent = subprocess.Popen(
-            self.command, cwd=self.folder, env=environment(self._temporary.name), **self._outputs
-        )
+        for file in self._outputs.values():  # an unnamed file has lost this flag: without it, `said` moves the writers
+            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
+        self.agents = []
+        for i in range(n_agents):
+            is_host = ["--rdzv-conf", f"is_host={int(i == 0)},last_call_timeout=15"] if n_agents > 1 else []
+            command = [program, *is_host, *self.command[1:]]
+            env = environment(self._temporary.name)
+            self.agents.append(subprocess.Popen(command, cwd=self.folder, env=env, **self._outputs))
+        self.agent = self.agents[0]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.agent.terminate()  # it then ends its ranks; SIGKILL would leave them alive
-        with suppress(subprocess.TimeoutExpired):
-            self.agent.wait(40)
-        self.agent.kill()
-        self.agent.wait()
+        for agent in self.agents:
+            agent.terminate()  # it then ends its ranks; SIGKILL would leave them alive
+        for agent in self.agents:
+            with suppress(subprocess.TimeoutExpired):
+                agent.wait(40)
+            agent.kill()
+            agent.wait()
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -123,12 +139,17 @@ class Launch:
                     found[int(path.parent.name)] = env
         return found
 
-    def ranks(self, restart: int = 0) -> dict[int, int]:
-        """The process id of each rank of the group that was started after `restart` restarts."""
+    def ranks(self, restart: int | None = 0) -> dict[int, int]:
+        """The process id of each rank of the group that was started after `restart` restarts, or of any with None."""
         found = {}
         for pid, env in self.processes().items():
-            if env.get("TORCHELASTIC_RESTART_COUNT") == str(restart) and os.getpgid(pid) == pid:  # not a rank's child
-                found[int(env["RANK"])], self._port = pid, int(env["MASTER_PORT"])
+            with suppress(ProcessLookupError):  # it has just ended
+                if (
+                    "RANK" in env
+                    and restart in (None, int(env["TORCHELASTIC_RESTART_COUNT"]))
+                    and os.getpgid(pid) == pid
+                ):
+                    found[int(env["RANK"])], self._port = pid, int(env["MASTER_PORT"])  # not a rank's child
         return found
 
     def said(self, stream: str) -> str:
@@ -137,16 +158,16 @@ class Launch:
         return self._outputs[stream].read()
 
     def wait(self, timeout: float = HANG) -> subprocess.CompletedProcess:
-        """Its end. Raises `subprocess.TimeoutExpired`."""
+        """Its end; of several agents, the first exit code that is not 0. Raises `subprocess.TimeoutExpired`."""
         deadline = time.monotonic() + timeout
-        while self.agent.poll() is None and time.monotonic() < deadline:
+        while None in (codes := [agent.poll() for agent in self.agents]) and time.monotonic() < deadline:
             time.sleep(0.1)
             if not self._port:
                 self.ranks()
-        code, outputs = self.agent.poll(), [self.said(stream) for stream in self._outputs]
-        if code is None:
+        outputs = [self.said(stream) for stream in self._outputs]
+        if None in codes:
             raise subprocess.TimeoutExpired(self.command, timeout, *outputs)
-        return subprocess.CompletedProcess(self.command, code, *outputs)
+        return subprocess.CompletedProcess(self.command, next(filter(None, codes), 0), *outputs)
 
     def left(self) -> list[str]:
         """What it has left although it has ended: processes, its port, files in TMPDIR that are not torch's own."""
@@ -317,8 +338,4 @@ def hundred_samples(folder: Path) -> Path:
 
 def data_gen(*argv) -> int:
     """`python -m data_gen argv` in this process; returns its exit code."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        return data_gen_main([str(word) for word in argv])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    return data_gen_main([str(word) for word in argv])

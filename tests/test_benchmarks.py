@@ -66,7 +66,7 @@ def test_quick(tmp_path):
     assert done.stderr == ""
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == list(sections.SECTIONS)
-    assert all(rows for name, rows in results.items() if name != "gpu")
+    assert all(rows for name, rows in results.items() if name not in sections.NEEDS)
     trained = results["training"] + results["ranks"]
     assert {row["by"] for row in trained} == {sections.OURS, *sections.PEERS}
     assert {row["by"].partition(",")[0] for row in results["ranks"]} >= {"hand-written", "Accelerate", "Fabric", "Lightning"}  # fmt: skip

@@ -229,7 +229,7 @@ def test_history(tmp_path, capsys):
     assert_epochs(path, *range(1, 41))  # until there is something better
     again.append(1, SUMS, VAL_SUMS, 2)
     assert_epochs(path, 1)
-    assert list(out.iterdir()) == [path]
+    assert {*out.iterdir()} == {path, out / "lock"}
 
 
 def test_the_seconds_are_those_of_each_epoch(tmp_path):
@@ -246,7 +246,8 @@ def test_resuming_drops_later_epochs_and_a_torn_line(tmp_path):
     lines = [json.dumps(line) for line in epochs(1, 2, 3, 4)]
     path.write_text("\n".join(lines)[:-9])  # killed in the middle of writing epoch 4
     assert read(path) == epochs(1, 2, 3)
-    history = History(tmp_path, 5, keep_epochs=2)
+    history = History(tmp_path, 5)
+    history.keep(2)
     history.append(3, SUMS * 2, VAL_SUMS, 4)
     assert path.read_text().startswith("\n".join(lines[:2]) + "\n")
     history.append(4, SUMS, VAL_SUMS, 4)
@@ -258,7 +259,7 @@ def test_resuming_wants_each_epoch_once(numbers, tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in epochs(*numbers)))
     with pytest.raises(UserError, match="has not the 2 epochs of its checkpoint"):
-        History(tmp_path, 5, keep_epochs=2)
+        History(tmp_path, 5).keep(2)
 
 
 def test_a_line_of_something_else_ends_the_history(tmp_path):
@@ -292,7 +293,7 @@ def test_a_line_that_the_disk_cannot_hold_leaves_nothing(size, kept, tmp_path):
     program.write_text(FULL)
     (rank,) = start_ranks(0, program, out, size)
     assert rank.code == 0 and "history.jsonl" in rank.stderr and "free the disk" in rank.stderr, rank
-    assert [path.name for path in out.iterdir()] == ["history.jsonl"] * len(kept)
+    assert sorted(path.name for path in out.iterdir()) == ["history.jsonl"] * len(kept) + ["lock"]
     if kept:
         assert_epochs(out / "history.jsonl", *kept)
 

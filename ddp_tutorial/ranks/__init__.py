@@ -8,15 +8,4 @@ from ddp_tutorial.ranks.failure import fail_together, report_errors
 from ddp_tutorial.ranks.launch import check_environment, check_flags, meeting, parse
 from ddp_tutorial.ranks.run import ResumableSampler, Run, settings
 
-__all__ = [
-    "ResumableSampler",
-    "Run",
-    "check_environment",
-    "check_flags",
-    "fail_together",
-    "meeting",
-    "parse",
-    "prepare_exchange",
-    "report_errors",
-    "settings",
-]
+__all__ = ["ResumableSampler", "Run", "check_environment", "check_flags", "fail_together", "meeting", "parse", "prepare_exchange", "report_errors", "settings"]  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ddp_tutorial.console import UserError, reason, say
 from ddp_tutorial.files import check_regular, write_atomically
@@ -44,26 +45,19 @@ def set_aside(path: Path) -> None:
 
 
 def save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    sums: Tensor | None = None,
-    settings: dict | None = None,
+    path: Path, model: nn.Module, optimizer: Optimizer, epoch: int, sums: Tensor = NO_SUMS, settings: dict | None = None
 ) -> None:
     """Write everything that training needs to go on, and a checksum; keep the old file as `previous(path)`.
 
     `epoch` counts the finished epochs; `sums`, (2,) float64, are the sums over all ranks of what `train_one_epoch`
-    has returned in the next one, if that has begun. `settings` maps the names of what a resumed run must not change to
-    plain values. Pass the plain model, so that no `module.` stands before the names.
-    Of the random numbers it keeps the CPU's; nothing here draws any on a GPU.
-    Raises `CheckpointError`, also where a weight is not finite.
+    has returned in the next one, if that has begun. `settings` maps what a resumed run must not change to plain values.
+    Pass the plain model. Of the random numbers it keeps the CPU's. Raises `CheckpointError`, also for infinite weights.
     """
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise CheckpointError(f"{path}: not written, for a weight is not finite: use a smaller --lr")
     state = {
         "epoch": epoch,
-        "sums": NO_SUMS if sums is None else sums,
+        "sums": sums,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
@@ -79,7 +73,7 @@ def save(
         raise CheckpointError(f"{path}: cannot be written ({reason(error)}): mend it, or name another --out") from None
 
 
-def describe(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None) -> dict:
+def describe(model: nn.Module, optimizer: Optimizer, settings: dict | None) -> dict:
     """What a checkpoint and the run that goes on from it must have in common."""
     shapes = {f"{name} of shape": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return (settings or {}) | shapes | {"optimizer": type(optimizer).__name__}
@@ -97,12 +91,7 @@ def outline(value):
     return type(value)
 
 
-def options(groups: list[dict]) -> list[dict]:
-    """Those of an optimizer's groups of parameters that never change."""
-    return [group | {"lr": type(group["lr"])} for group in groups]
-
-
-def check_state(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def check_state(state: dict, model: nn.Module, optimizer: Optimizer) -> None:
     """Raise `ValueError` unless a `state` is one that `save` writes for such a model and such an optimizer."""
     epoch, sums = state["epoch"], state["sums"]
     if type(epoch) is not int or epoch < 0:
@@ -112,10 +101,11 @@ def check_state(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer)
     if outline(state["model"]) != outline(model.state_dict()):
         raise ValueError("its weights are of other types")
     groups, values_of = map(dict(state["optimizer"]).get, ("param_groups", "state"))
-    groups = [dict(group) for group in groups]
     if any(not 0 < group["lr"] < 1e38 for group in groups):  # a schedule may have changed it
         raise ValueError("its learning rate is out of range")
-    if options(groups) != options(optimizer.state_dict()["param_groups"]):
+    mine = optimizer.state_dict()["param_groups"]
+    was, now = ([dict(group) | {"lr": type(group["lr"])} for group in those] for those in (groups, mine))
+    if was != now:
         raise ValueError("its optimizer has other options")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, values in values_of.items():
@@ -157,9 +147,8 @@ def read(path: Path) -> tuple[Path, dict] | None:
 def find(path: Path, resume: bool, restarted: bool) -> tuple[Path, dict] | None:
     """What a run at `path` goes on from: what `read` finds, if it shall `resume` or the same launch has saved it.
 
-    Else None, and an earlier run's checkpoint gets another name: nothing is lost, and no restart goes on
-    from it. torchrun names each `--standalone` launch; where a launch has no name of its own, only a
-    `restarted` group goes on unasked. Raises `CheckpointError`, also if there is nothing to `resume`.
+    Else None, and an earlier run's checkpoint gets another name: no restart goes on from it. A launch may have no name:
+    then only a `restarted` group goes on unasked. Raises `CheckpointError`, also if there is nothing to `resume`.
     """
     try:
         found = read(path)
@@ -174,12 +163,11 @@ def find(path: Path, resume: bool, restarted: bool) -> tuple[Path, dict] | None:
 
 
 def restore(
-    found: tuple[Path, dict] | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None = None
+    found: tuple[Path, dict] | None, model: nn.Module, optimizer: Optimizer, settings: dict | None = None
 ) -> tuple[int, Tensor]:
     """Put a state that `find` or `read` has found, if any, into `model`, `optimizer` and torch's random numbers.
 
-    Returns `epoch` and `sums`, as `save` got them. Raises `CheckpointError`, which names what differs, if it was made with other `settings`, another
-    model or another optimizer.
+    Returns `epoch` and `sums`, as `save` got them. Raises `CheckpointError` if settings, model or optimizer differ.
     """
     if found is None:
         return 0, NO_SUMS
@@ -201,8 +189,6 @@ def restore(
     raise CheckpointError(f"{file}: made with {differs[0]}: resume with the same, or start without --resume")
 
 
-def load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict | None = None
-) -> tuple[int, Tensor]:
+def load(path: Path, model: nn.Module, optimizer: Optimizer, settings: dict | None = None) -> tuple[int, Tensor]:
     """What a run in one process does to resume: `find` and `restore`. Raises `CheckpointError`."""
     return restore(find(path, resume=True, restarted=False), model, optimizer, settings)

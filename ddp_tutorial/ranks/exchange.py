@@ -1,9 +1,8 @@
 """What ranks exchange often is small. On gloo, small tensors go through the first rank: two steps, not a ring's.
 
-gloo's all-reduce and all-gather are made for bandwidth. They send a tensor's parts round a ring: with N ranks an
-all-reduce takes 2 (N-1) steps that wait for each other, and for few bytes the waiting is all there is. Through
-the first rank there are 2 (N-1) messages, and each rank waits once. `python -m benchmarks exchange` measures
-both, and where the ring wins.
+gloo's all-reduce and all-gather send a tensor's parts round a ring: with N ranks an all-reduce takes 2 (N-1) steps
+that wait for each other, and for few bytes the waiting is all there is. Through the first rank there are 2 (N-1)
+messages, and each rank waits once. `python -m benchmarks exchange` measures both, and where the ring wins.
 """
 
 from collections.abc import Callable
@@ -71,8 +70,7 @@ def average_gradients(group: dist.ProcessGroup | None, bucket: dist.GradBucket) 
 def prepare_exchange(model: nn.Module, x: Tensor) -> None:
     """Send few gradients the short way, where `model` is wrapped, and settle the order in which DDP sends them.
 
-    DDP orders gradients anew after its first backward pass. Done now, on any input `x`, a run that goes on from a
-    checkpoint adds in the same order as one that was never stopped.
+    DDP settles it in its first backward pass: done now, on any input `x`, a run that goes on adds in the same order.
     """
     if isinstance(model, DistributedDataParallel):
         if dist.get_backend() == "gloo":

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -48,8 +49,7 @@ def check_environment(env: dict = os.environ) -> None:
             fail(f"{low}={number[low]} is not below {high}={number[high]}: {remedy}")
     if number["LOCAL_WORLD_SIZE"] > number["WORLD_SIZE"]:
         fail("LOCAL_WORLD_SIZE={LOCAL_WORLD_SIZE} is above WORLD_SIZE={WORLD_SIZE}: ".format(**number) + remedy)
-    port = number["MASTER_PORT"]
-    if not 0 < port < 65536:
+    if not 0 < (port := number["MASTER_PORT"]) < 65536:
         fail(f"MASTER_PORT={port} is not a port, 1 to 65535: {remedy}")
     if number["RANK"] == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else the agent listens there
         try:
@@ -61,9 +61,8 @@ def check_environment(env: dict = os.environ) -> None:
 
 def seconds(text: str) -> timedelta:
     """An argparse type: what a process group takes as its timeout, up to a year."""
-    if not 0.001 <= (value := flags.positive_float(text)) < 3.2e7:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds between 0.001 and a year")
-    return timedelta(seconds=value)
+    what = "a number of seconds between 0.001 and a year"
+    return timedelta(seconds=flags.number(text, float, 0.001, 3.2e7, what))
 
 
 def parse(description: str, n_gpus: int = 1) -> argparse.Namespace:
@@ -85,14 +84,40 @@ def check_flags(args: argparse.Namespace) -> None:
         raise args.mistake
 
 
+def end_with(torchrun: int) -> None:
+    """End this rank once the process `torchrun` has: one that was killed cannot end its ranks, and they would train on."""
+    while os.getppid() == torchrun:
+        time.sleep(1)
+    report(UserError(f"the torchrun of rank {os.environ['RANK']} has ended, and so does the rank"))
+    os._exit(1)
+
+
+def group_number(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> int:
+    """How many groups of ranks have met at this `store`, with this one: the same number on all ranks.
+
+    torchrun's store outlives a group, and no rank may call an address that a dead one has left there. Restarts do not
+    tell groups apart: each torchrun counts its own. The store does: it counts each rank's starts, and those of the
+    first rank are the groups. The others sign on for the newest group until the first rank confirms this very start,
+    which a dead one does not. No dead rank signs on: each torchrun ends its ranks before it takes part in a new round.
+    """
+    group = start = store.add(f"starts of rank {rank}", 1)
+    for other in range(1, world_size if rank == 0 else 1):
+        key = f"group {group}, rank {other}"
+        store.set(f"{key}, start {store.get(key).decode()}", "")
+    deadline, confirmed = time.monotonic() + timeout.total_seconds(), rank == 0
+    while not confirmed:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the first rank has not come")
+        group = store.add("starts of rank 0", 0)
+        store.set(f"group {group}, rank {rank}", str(start))
+        time.sleep(0.05)
+        confirmed = store.check([f"group {group}, rank {rank}, start {start}"])
+    return group
+
+
 @contextmanager
 def meeting(timeout: timedelta) -> Iterator[dist.Store]:
-    """The ranks meet in here, at the store that it gives, or leave with one line and 2.
-
-    torch gives them twice the `timeout`. torchrun's store outlives a dead group, so the names in it get a prefix that
-    counts the restarts: else a new rank may call the address of a dead one. One torchrun counts them; several need
-    not agree.
-    """
+    """The ranks meet in here, at the store that it gives, or leave with one line and 2. They get twice the `timeout`."""
 
     def fail_because(why: str) -> NoReturn:
         where = "{RANK} of {WORLD_SIZE} did not meet the others at {MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
@@ -107,14 +132,17 @@ def meeting(timeout: timedelta) -> Iterator[dist.Store]:
     # 15 s. It asks through torchrun's store, past any prefix: a restarted group would find it there, and stand still.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     watchdog = threading.Timer(2 * timeout.total_seconds() + 5, give_up)
     watchdog.daemon = True
     watchdog.start()
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("LOCAL_WORLD_SIZE") in (None, os.environ["WORLD_SIZE"]):
-            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        yield store
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        group = group_number(store, rank, world_size, timeout)
+        n_restarts = max(group - 1, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(n_restarts)  # of the launch, not only of this machine
+        yield dist.PrefixStore(f"group {group}", store)
     except (RuntimeError, ValueError) as error:  # of which are torch's own
         fail_because(reason(error))
     finally:

@@ -30,7 +30,7 @@ class Stopped(UserError):
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGUSR1, as schedulers send them before they take a machine away, and Ctrl-C.
+    """Notes SIGTERM and SIGUSR1, which schedulers send before they take a machine away, a closed terminal's SIGHUP, Ctrl-C.
 
     A second Ctrl-C ends the process at once. torchrun sends SIGTERM as well, when a rank has died. On NCCL the others
     may wait for that rank in a call that no handler interrupts: then a thread ends them.
@@ -38,12 +38,21 @@ class StopRequest:
 
     def __init__(self):
         self.noted, self.waits_since, self.longest = False, None, 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, whatever the rank waits for
-        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        self.replaced, numbers = {}, (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers; and nohup ignores SIGHUP
+            self.replaced = {n: signal.signal(n, self._note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            self.wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to whatever the rank does
+            threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    def forget(self) -> None:
+        """Put back what was there before: a notebook that runs the script by `%run` lives on."""
+        for number, handler in self.replaced.items():
+            signal.signal(number, handler)
+        if self.replaced:
+            os.close(signal.set_wakeup_fd(self.wakeup))  # which ends the thread,
+        self.waits_since = None  # or keeps it from ending the process
 
     def waits(self, yes: bool) -> None:
         """From now on this rank may have to wait for the others, or not."""
@@ -52,8 +61,9 @@ class StopRequest:
         self.waits_since = now if yes else None
 
     def _watch(self, reader: int) -> None:
-        while signal.SIGTERM not in os.read(reader, 1):
-            pass
+        while signal.SIGTERM not in (signals := os.read(reader, 1)):
+            if not signals:
+                return os.close(reader)
         asked = time.monotonic()
         while time.monotonic() - max(asked, self.waits_since or time.monotonic()) < PATIENCE + 2 * self.longest:
             time.sleep(0.1)
@@ -110,7 +120,7 @@ class Run:
         args: Namespace,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        sampler: ResumableSampler,
+        sampler,
         settings: dict,
         chance: float,
     ):
@@ -120,23 +130,27 @@ class Run:
         restarted, found = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", [None]
         with fail_together():
             if is_first_rank():
+                self.history = History(args.out, args.epochs, chance)  # it locks the folder
                 found[0] = checkpoint.find(self.file, args.resume, restarted)
         if dist.is_initialized():
             dist.broadcast_object_list(found)
         with fail_together():
             self.epoch, self.sums = checkpoint.restore(found[0], model, optimizer, settings)
             if is_first_rank():
-                self.history = History(args.out, args.epochs, chance, keep_epochs=self.epoch)
+                self.history.keep(self.epoch)
         self.stop = StopRequest()
         self.in_the_middle = False
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are left. The sampler leaves out what the first one has done already."""
-        for epoch in range(self.epoch + 1, self.n_epochs + 1):
-            self.epoch = epoch
-            self.sampler.n_done = int(self.sums[1]) // self.sampler.num_replicas
-            self.sampler.set_epoch(epoch)
-            yield epoch
+        try:
+            for epoch in range(self.epoch + 1, self.n_epochs + 1):
+                self.epoch = epoch
+                self.sampler.n_done = int(self.sums[1]) // self.sampler.num_replicas
+                self.sampler.set_epoch(epoch)
+                yield epoch
+        finally:  # also if an epoch has failed
+            self.stop.forget()
 
     def batches(self, loader: Iterable) -> Iterator:
         """The batches of `loader`, up to a step at which the ranks agree to stop."""

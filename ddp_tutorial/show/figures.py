@@ -16,24 +16,14 @@ MARKERS = ("o", "^", "s", "D")
 
 def use_style() -> None:
     """Set matplotlib's defaults for the series."""
-    plt.rcParams.update(
-        {
-            "figure.figsize": (7, 3.8),
-            "figure.dpi": 100,
-            "figure.constrained_layout.use": True,
-            "axes.prop_cycle": plt.cycler(color=COLORS),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.titlelocation": "left",
-            "axes.titleweight": "bold",
-            "axes.titlesize": 11,
-            "grid.color": "#e4e4e4",
-            "legend.frameon": False,
-            "lines.linewidth": 2,
-        }
-    )
+    plt.rc("figure", figsize=(7, 3.8), dpi=100)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("axes", prop_cycle=plt.cycler(color=COLORS), grid=True, axisbelow=True)
+    plt.rc("axes", titlelocation="left", titleweight="bold", titlesize=11)
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("grid", color="#e4e4e4")
+    plt.rc("legend", frameon=False)
+    plt.rc("lines", linewidth=2)
 
 
 def loss_curves(curves: Mapping[str, Sequence[float]], floors: Mapping[str, float], title: str) -> Figure:
@@ -195,28 +185,28 @@ RING_COLORS = ("#e3e9f0", "#a9bbd0", "#6283a8", COLORS[0])  # a sum of one to fo
 
 def ring_strip(states: Sequence, title: str) -> Figure:
     """Whose numbers are in each rank's chunks after each step: `states[step][rank][chunk]` is a set of ranks, of four."""
-    figure, axes = plt.subplots(1, len(states), figsize=(9, 1.9))
-    for step, (ax, state) in enumerate(zip(axes, states, strict=True)):
-        for rank, chunks in enumerate(state):
-            for chunk, ranks in enumerate(chunks):
-                _cell(ax, chunk, rank, "".join(map(str, sorted(ranks))), RING_COLORS[len(ranks) - 1], size=6)
+    figure, axes = plt.subplots(2, 4, figsize=(9, 4.7))
+    for ax in axes.flat:
         ax.set(xlim=(-0.05, 4), ylim=(4, -0.05), xticks=[], yticks=[], aspect="equal")
         ax.grid(visible=False)
-        ax.set_title(f"step {step}" if step else "start", weight="normal", size=9)
         ax.spines[:].set_visible(False)
-    axes[0].set_yticks([rank + 0.45 for rank in range(4)], [f"rank {rank}" for rank in range(4)], size=8)
-    axes[0].tick_params(length=0)
+        ax.tick_params(length=0)
+    for step, (ax, state) in enumerate(zip(axes.flat, states, strict=False)):
+        for rank, chunks in enumerate(state):
+            for chunk, ranks in enumerate(chunks):
+                _cell(ax, chunk, rank, "".join(map(str, sorted(ranks))), RING_COLORS[len(ranks) - 1], size=9)
+        ax.set_title(f"step {step}" if step else "start", weight="normal", size=10)
+        if step % 4 == 0:
+            ax.set_yticks([rank + 0.45 for rank in range(4)], [f"rank {rank}" for rank in range(4)], size=9)
+    axes[1, 3].text(0, 2.4, "Side by side: four chunks.\n\nA cell names the ranks\nwhose numbers it adds.", size=9)
     figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
-    figure.supxlabel(
-        "each panel: four chunks, side by side; a cell names the ranks whose numbers are in its sum", size=8
-    )
     return figure
 
 
 def ring_animation(states: Sequence, moves: Sequence[Sequence[int]]) -> FuncAnimation:
     """The states of `ring_strip` as an animation; `moves[step][rank]` is the chunk that `rank` sends to its right."""
     corners = ((0.0, 0.0), (7.0, 0.0), (7.0, 3.2), (0.0, 3.2))
-    figure = plt.figure(figsize=(5.2, 2.6), dpi=80, label="Four ranks in a ring: each step, each sends a chunk onwards")
+    figure = plt.figure(figsize=(5.2, 2.6), dpi=88, label="Four ranks in a ring: in each step each sends a chunk on")
     figure.set_layout_engine("none")
     ax = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     frames = [(0, 0.0)] + [(step, part) for step in range(len(moves)) for part in (0.3, 0.7, 1.0)]
@@ -234,12 +224,12 @@ def ring_animation(states: Sequence, moves: Sequence[Sequence[int]]) -> FuncAnim
             gap = (end - start) * (0.37 if y == to[1] else 0.34)
             ax.annotate("", end - gap, start + gap, arrowprops={"arrowstyle": "->", "color": "#999999", "lw": 1.5})
             for chunk, ranks in enumerate(state[rank]):
-                _cell(ax, x + chunk, y, "".join(map(str, sorted(ranks))), RING_COLORS[len(ranks) - 1], size=8)
+                _cell(ax, x + chunk, y, "".join(map(str, sorted(ranks))), RING_COLORS[len(ranks) - 1], size=9)
         for rank, (x, y) in enumerate(corners if 0 < part < 1 else ()):
             chunk, ranks = moves[step][rank], state[rank][moves[step][rank]]
             x, y = np.add((x + chunk, y), np.subtract(corners[(rank + 1) % 4], (x, y)) * part)
             text, color = "".join(map(str, sorted(ranks))), RING_COLORS[len(ranks) - 1]
-            _cell(ax, x, y, text, color, size=8, edgecolor=COLORS[1], lw=2, zorder=3)
+            _cell(ax, x, y, text, color, size=9, edgecolor=COLORS[1], lw=2, zorder=3)
         what = "add what arrives" if step < len(moves) / 2 else "keep what arrives"
         words = f"step {step + 1} of {len(moves)}:\n{what}" if part else "start"
         ax.text(5.5, 2.05, words, ha="center", va="center", size=9, weight="bold")

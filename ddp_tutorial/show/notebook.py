@@ -19,18 +19,17 @@ from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ddp_tutorial.show import figures
+from ddp_tutorial.show import figures, prepare_launches
 
 
 def setup() -> None:
     """Call first in a notebook.
 
-    Finds `torchrun` also where the virtual environment is not activated, gives each process one
-    thread (as torchrun would, with a warning), keeps the profiler's log off the page, and sets the
-    figures' style and their number of colours.
+    Finds `torchrun` also where the virtual environment is not activated, gives each process one thread (as torchrun
+    would, with a warning), keeps the profiler's log off the page, and sets the figures' style and number of colours.
     """
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    prepare_launches()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     figures.use_style()
     small_pictures()
