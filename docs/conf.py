@@ -22,7 +22,8 @@ extensions = ["myst_nb"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"  # an output may hold a table
 myst_enable_extensions = ["dollarmath"]
-myst_heading_anchors = 2
+myst_heading_anchors = 3
+suppress_warnings = ["misc.highlighting_failure"]  # a cell may write a file in another language than Python
 myst_heading_slug_func = operator.methodcaller("replace", " ", "-")  # as JupyterLab names a heading
 
 html_theme = "sphinx_book_theme"

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from ddp_tutorial.console import UserError
 from ddp_tutorial.history import History, read
 from ddp_tutorial.ranks import checkpoint
 from ddp_tutorial.ranks.launch import group_number
+from ddp_tutorial.show import notebook
 from tests.ranks import (
     DDP,
     HANG,
@@ -37,6 +40,7 @@ from tests.ranks import (
 FLAGS = ("--batch-size", 4, "--epochs", 3)
 CLOSE = {"rtol": 1e-5, "atol": 5e-6}  # for other numbers of ranks, as in test_ddp_equals_one_process.py
 SUMS, VAL_SUMS = torch.tensor([8.0, 8.0]), torch.tensor([4.0, 1.0, 2.0])
+LOOPBACK = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
 
@@ -307,6 +311,20 @@ def test_run_in_a_notebook_leaves_nothing_behind(data, tmp_path):
 
 
 # A host whose name leads nowhere
+
+
+def test_launches_of_a_notebook_get_an_address(monkeypatch):
+    """Where the host's name has none; else they are left alone."""
+    names = ("PET_LOCAL_ADDR", "GLOO_SOCKET_IFNAME")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for host, found in (("localhost", [None, None]), ("no-such-name.invalid", ["localhost", LOOPBACK])):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(notebook, "get_ipython", mock.MagicMock())
+        notebook.setup()
+        assert [os.environ.get(name) for name in names] == found
+    for name in names:
+        monkeypatch.delenv(name)
 
 
 def test_a_host_name_that_does_not_resolve(tmp_path):

@@ -3,12 +3,15 @@
 import shutil
 import signal
 import sys
+import types
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import ddp_tutorial
-from tests.ranks import DDP, RESILIENT, changed, start_ranks
+from ddp_tutorial.show import notebook
+from tests.ranks import DDP, NOTEBOOKS, RESILIENT, changed, start_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads thread names from /proc")
 EARLY_IMPORT = "import torch.distributed.nn.functional"
@@ -78,3 +81,35 @@ def test_they_are_left_without_the_early_import(script, small, tmp_path):
     codes = (0, -signal.SIGABRT)  # now and then such a thread aborts its rank: that is the defect
     names = gloo_threads(script, small, tmp_path, codes=codes, package=package.parent)
     assert all("pt_gloo_runloop" in rank for rank in names)
+
+
+class Ending:
+    """Stands for a forked rank of chapter 4's launcher: it ends after this has looked at it a number of times."""
+
+    def __init__(self, ends_after: int, target, args):
+        self.sentinel, self.folder, self.ends_after = object(), args[0], ends_after
+
+    def start(self):
+        for name in ("out", "errors"):
+            Path(self.folder, name).touch()
+
+    @property
+    def exitcode(self):
+        self.ends_after -= 1
+        return None if self.ends_after >= 0 else 0
+
+    def terminate(self):
+        pass
+
+    join = terminate
+
+
+@pytest.mark.parametrize("ends_after", range(6))
+def test_chapter_4s_launcher_sees_a_rank_end_whenever_it_does(ends_after, monkeypatch):
+    """Also between two looks: it waited for nothing then, and so for ever."""
+    module = types.ModuleType("quick_ranks")
+    exec(notebook.written_file(NOTEBOOKS / "04_train_with_ddp.ipynb", "quick_ranks.py"), module.__dict__)
+    waited_for = []
+    monkeypatch.setattr(module, "server", types.SimpleNamespace(Process=partial(Ending, ends_after)))
+    monkeypatch.setattr(module, "wait", waited_for.append)
+    assert module.launch(2, "script.py") == "" and all(waited_for)
