@@ -43,6 +43,13 @@ def test_two_processes_without_rank_are_refused(script, small, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_pmix_alone_tells_no_number(small, tmp_path):
+    """The first process cannot know whether there are others. The others can."""
+    (other,) = start([{"PMIX_RANK": 1}], SINGLE, ("--data-dir", small, "--out", tmp_path / "out"))
+    assert other.code == 2 and other.stderr.count("torchrun") == len(other.stderr.splitlines()) == 1, other
+    check_trains({"PMIX_RANK": 0}, SINGLE, small, tmp_path / "out")
+
+
 @pytest.mark.parametrize("launcher", VARIABLES)
 def test_one_process_alone_trains(launcher, script, small, tmp_path):
     size, rank, others = VARIABLES[launcher]

@@ -30,6 +30,7 @@ from tests.ranks import (
     SINGLE,
     Launch,
     assert_equal,
+    changed,
     environment,
     hundred_samples,
     result,
@@ -68,11 +69,8 @@ def ended(launch, pids):
 
 def slowed(tmp_path):
     """A copy of the script that takes its time, so that something can befall it in the middle."""
-    copy, line = tmp_path / RESILIENT.name, "    for epoch in run.epochs():"
-    text = RESILIENT.read_text()
-    assert text.count(line) == 1
-    copy.write_text(text.replace(line, "    import time\n" + line).replace("        run.trained", "        time.sleep(0.2)\n        run.trained"))  # fmt: skip
-    return copy
+    line = "        run.trained(steps)"
+    return changed(RESILIENT, line, "        __import__('time').sleep(0.2)\n" + line, tmp_path / RESILIENT.name)
 
 
 # How groups of ranks tell themselves apart.
@@ -270,7 +268,7 @@ import signal, sys, threading
 from IPython.core.interactiveshell import InteractiveShell
 
 def state():
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)]
     fd = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(fd)
     return handlers, fd, [thread.name for thread in threading.enumerate() if "_watch" in thread.name]

@@ -120,7 +120,7 @@ class Run:
         args: Namespace,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        sampler,
+        sampler: ResumableSampler,
         settings: dict,
         chance: float,
     ):
