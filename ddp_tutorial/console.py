@@ -61,7 +61,7 @@ def check_launcher(env: Mapping = os.environ) -> None:
         if "RANK" not in env and (env.get(size, "1") != "1" or env.get(rank, "0") != "0"):
             n = env.get(size, "several")
             if env.get(rank, "0") == ("0" if size in env else "1"):  # one speaks; PMIx alone tells no number
-                report(UserError(f"{n} processes without RANK ({size}={n}): each would train alone: let the launcher start one torchrun on each machine, which starts the ranks (chapter 8)"))  # fmt: skip
+                report(UserError(f"{n} processes without RANK ({size if size in env else rank} is set): each would train alone: let the launcher start one torchrun on each machine, which starts the ranks (chapter 8)"))  # fmt: skip
             time.sleep(2)  # once one has left, the launcher may kill the one that speaks
             sys.exit(2)
 

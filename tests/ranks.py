@@ -102,13 +102,18 @@ class Launch:
         self._outputs = {stream: tempfile.TemporaryFile("a+") for stream in ("stdout", "stderr")}
         for file in self._outputs.values():  # an unnamed file has lost this flag: without it, `said` moves the writers
             fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
-        self.agents = []
+        self.agents, self._several = [], n_agents > 1
         for i in range(n_agents):
-            is_host = ["--rdzv-conf", f"is_host={int(i == 0)},last_call_timeout=15"] if n_agents > 1 else []
-            command = [program, *is_host, *self.command[1:]]
-            env = environment(self._temporary.name)
-            self.agents.append(subprocess.Popen(command, cwd=self.folder, env=env, **self._outputs))
+            self.start_agent(is_host=i == 0)
         self.agent = self.agents[0]
+
+    def start_agent(self, is_host: bool = False) -> None:
+        """One more `torchrun`, as on one more machine."""
+        program, *words = self.command
+        if self._several:
+            words = ["--rdzv-conf", f"is_host={int(is_host)},last_call_timeout=15", *words]
+        env = environment(self._temporary.name)
+        self.agents.append(subprocess.Popen([program, *words], cwd=self.folder, env=env, **self._outputs))
 
     def __enter__(self):
         return self

@@ -38,8 +38,11 @@ def test_two_processes_without_rank_are_refused(script, small, tmp_path):
     settings = [{size: 2, rank: i} for size, rank, _ in VARIABLES.values() for i in (0, 1)]
     processes = start(settings, script, ("--data-dir", small, "--out", tmp_path / "out", "--epochs", 1))
     assert [process.code for process in processes] == [2] * 6, processes
-    for first, second in zip(processes[::2], processes[1::2], strict=True):
+    for first, second, size in zip(
+        processes[::2], processes[1::2], (size for size, _, _ in VARIABLES.values()), strict=True
+    ):
         assert says_how(first.stderr, script) and not second.stderr, (first, second)
+        assert f"({size} is set)" in first.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -47,6 +50,7 @@ def test_pmix_alone_tells_no_number(small, tmp_path):
     """The first process cannot know whether there are others. The others can."""
     (other,) = start([{"PMIX_RANK": 1}], SINGLE, ("--data-dir", small, "--out", tmp_path / "out"))
     assert other.code == 2 and other.stderr.count("torchrun") == len(other.stderr.splitlines()) == 1, other
+    assert "several processes without RANK (PMIX_RANK is set)" in other.stderr
     check_trains({"PMIX_RANK": 0}, SINGLE, small, tmp_path / "out")
 
 

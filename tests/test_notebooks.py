@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import os
 import re
 import shutil
 import statistics
@@ -217,6 +218,49 @@ def test_what_a_failed_cell_has_printed_is_in_the_log_and_solutions_are_slow(tmp
     _, _, printed = log.partition("what the cell has printed")
     assert "the worker's rank is 3\n" in printed and "the worker's traceback\n" in printed, log
     assert "42\n" not in printed  # another cell's
+
+
+# On a busy machine
+
+BUSY = """
+import random
+import time
+
+random = random.Random(0)
+
+
+def slower(clock):
+    shift, last = 0.0, clock()
+
+    def read():
+        nonlocal shift, last
+        now = clock()
+        shift += (now - last) * 1000 ** random.random()
+        last = now
+        return now + shift
+
+    return read
+
+
+time.perf_counter, time.process_time = slower(time.perf_counter), slower(time.process_time)
+"""  # each time that is measured is up to a thousand times as long
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [path for path in CHAPTERS if re.search("perf_counter|process_time|timing", path.read_text())],
+    ids=lambda path: path.stem,
+)
+def test_no_assertion_depends_on_how_busy_the_machine_is(path, tmp_path):
+    """Of what it measures, a chapter tells how much it is. It must not fail where something else runs."""
+    (tmp_path / "clocks").mkdir()
+    (tmp_path / "clocks" / "sitecustomize.py").write_text(BUSY)  # Python imports it at its start
+    shutil.copytree(path.parent, tmp_path / "notebooks", ignore=shutil.ignore_patterns("runs", "data", "solutions"))
+    command = [sys.executable, "-m", "pytest", "--nbmake", "-p", "no:cacheprovider", tmp_path / "notebooks" / path.name]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'clocks'}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 # Launches and links

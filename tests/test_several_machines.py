@@ -1,5 +1,6 @@
 """Several machines: agents that restart and die, launchers that are not torchrun's kin, two jobs in one folder."""
 
+import itertools
 import os
 import re
 import signal
@@ -142,9 +143,13 @@ def test_two_agents_meet_again(data, tmp_path):
 
 @pytest.mark.slow
 @linux
-def test_an_agent_dies_with_its_ranks(data, tmp_path):
-    """The other goes on with two ranks: the same global batch, and the same curve."""
-    flags, out = (*FLAGS, "--epochs", 12), tmp_path / "out"
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_agent_dies_with_its_ranks(replaced, data, tmp_path, monkeypatch):
+    """The other goes on with two ranks: the same global batch, and the same curve. With a new store for each meeting,
+    an agent may come in the place of the dead one, and four go on."""
+    flags, out = (*FLAGS, "--lr", 0.02, "--epochs", 80 if replaced else 12), tmp_path / "out"
+    if replaced:
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with Launch(4, slowed(tmp_path), *paths(data, out), *flags, restarts=3, n_agents=2, nnodes="1:2") as launch:
         until(lambda: (out / "history.jsonl").exists() and len(read(out)) >= 2)
         envs = launch.processes()
@@ -157,10 +162,14 @@ def test_an_agent_dies_with_its_ranks(data, tmp_path):
             os.kill(pid, signal.SIGKILL)
         dying.wait()
         launch.agents = [agent for agent in launch.agents if agent is not dying]
+        if replaced:
+            until(lambda: read(out)[-1]["world_size"] == 2)
+            launch.start_agent()
         done = launch.wait()
     assert done.returncode == 0, done
     whole = train(4, RESILIENT, data, tmp_path / "whole", *flags).history
-    assert [line["world_size"] for line in read(out)][0::11] == [4, 2]
+    sizes = [n for n, _ in itertools.groupby(line["world_size"] for line in read(out))]
+    assert sizes == ([4, 2, 4] if replaced else [4, 2]), sizes
     for key in ("train_loss", "val_loss"):
         torch.testing.assert_close([line[key] for line in read(out)], [line[key] for line in whole], **CLOSE)
 
