@@ -38,9 +38,7 @@ def test_two_processes_without_rank_are_refused(script, small, tmp_path):
     settings = [{size: 2, rank: i} for size, rank, _ in VARIABLES.values() for i in (0, 1)]
     processes = start(settings, script, ("--data-dir", small, "--out", tmp_path / "out", "--epochs", 1))
     assert [process.code for process in processes] == [2] * 6, processes
-    for first, second, size in zip(
-        processes[::2], processes[1::2], (size for size, _, _ in VARIABLES.values()), strict=True
-    ):
+    for (size, _, _), first, second in zip(VARIABLES.values(), processes[::2], processes[1::2], strict=True):
         assert says_how(first.stderr, script) and not second.stderr, (first, second)
         assert f"({size} is set)" in first.stderr
     assert not (tmp_path / "out").exists()
