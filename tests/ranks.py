@@ -212,6 +212,8 @@ def start(
         for i, setting in enumerate(settings):
             env = environment(folder) | {key: str(value) for key, value in setting.items()}
             if fork:
+                for stream in ("stdout", "stderr"):
+                    Path(folder, f"{i}.{stream}").touch()  # one that is killed before it runs has said nothing
                 processes.append(server().Process(target=become, args=(command, env, folder, i)))
                 processes[-1].start()
             else:

@@ -387,6 +387,15 @@ def test_torchrun_is_asked_to_stop(number, at, script, data, whole, tmp_path):
     assert_equal(train(2, script, data, out, *FLAGS, "--resume"), whole(2))
 
 
+# Of the tests' own ranks
+
+
+def test_a_rank_that_is_killed_before_it_runs_has_said_nothing(tmp_path):
+    """At once: the server may not have forked it yet."""
+    (tmp_path / "script.py").write_text("import time\ntime.sleep(60)\n")
+    assert start_ranks(0, tmp_path / "script.py", stuck=(0,)) == [(-signal.SIGKILL, "", "")]
+
+
 # Failed
 
 
