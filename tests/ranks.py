@@ -102,7 +102,7 @@ class Launch:
         self._outputs = {stream: tempfile.TemporaryFile("a+") for stream in ("stdout", "stderr")}
         for file in self._outputs.values():  # an unnamed file has lost this flag: without it, `said` moves the writers
             fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
-        self.agents, self._several = [], n_agents > 1
+        self.agents = []
         for i in range(n_agents):
             self.start_agent(is_host=i == 0)
         self.agent = self.agents[0]
@@ -110,7 +110,7 @@ class Launch:
     def start_agent(self, is_host: bool = False) -> None:
         """One more `torchrun`, as on one more machine."""
         program, *words = self.command
-        if self._several:
+        if "--standalone" not in words:
             words = ["--rdzv-conf", f"is_host={int(is_host)},last_call_timeout=15", *words]
         env = environment(self._temporary.name)
         self.agents.append(subprocess.Popen([program, *words], cwd=self.folder, env=env, **self._outputs))
@@ -250,7 +250,7 @@ def become(command: list[str], env: dict, folder: str, i: int) -> None:
     os.environ.update(env)
     os.chdir(folder)
     for stream, descriptor in (("stdout", 1), ("stderr", 2)):
-        os.dup2(os.open(f"{i}.{stream}", os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(f"{i}.{stream}", os.O_WRONLY), descriptor)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
