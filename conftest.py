@@ -1,4 +1,4 @@
-"""What pytest does with notebooks: those that solve exercises are slow, and what a failed cell has printed is in the log."""
+"""What pytest does with notebooks: those that solve exercises are slow; the log has what a failed cell has printed."""
 
 import pytest
 from nbmake.pytest_items import NotebookFailedException, NotebookItem

@@ -13,11 +13,12 @@ from pathlib import Path
 
 
 def now() -> float:
+    """Seconds since the boot of the machine."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def created() -> float:
-    """When this process was."""
+    """When this process was, on the same clock; psutil's begins with a whole second."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -44,10 +45,11 @@ def timed(owner, name: str, before: str, part: str) -> None:
 
 
 def leave() -> None:
+    """Write down how long each part has taken, and end this process at once."""
     marks.append(("first step", now()))
     parts, start = {}, float(os.environ["STARTED"])
-    for part, end in marks:
-        parts[part], start = parts.get(part, 0.0) + max(0.0, end - start), max(start, end)
+    for part, moment in marks:
+        parts[part], start = parts.get(part, 0.0) + max(0.0, moment - start), max(start, moment)
     Path(folder, f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(parts))
     os._exit(0)
 

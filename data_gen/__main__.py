@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from data_gen import digits, gaussian
-from data_gen.output import FILES, OutputError, open_output
+from data_gen.output import FILES, OutputError, one_at_a_time, open_output
 
 FORMAT = 2  # of meta.json
 
@@ -65,8 +65,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--n-val", type=count, default=8192, help="validation samples (%(default)s)")
     p.add_argument("--n-features", type=count, default=20, help="features of a sample (%(default)s)")
     p.add_argument("--n-classes", type=number(int, 2, 10**6), default=4, help="classes (%(default)s)")
-    p.add_argument("--separation", type=number(float, 0, 1e6), default=2.0,
-                   help="typical distance of a class mean from the origin, in standard deviations of one feature (%(default)s)")  # fmt: skip
+    p.add_argument(
+        "--separation",
+        type=number(float, 0, 1e6),
+        default=2.0,
+        help="typical distance of a class mean from 0, in standard deviations of one feature (%(default)s)",
+    )
     p.add_argument(
         "--correlation",
         type=number(float, 0, 0.999),
@@ -93,20 +97,25 @@ def parameters_of(out: Path) -> dict | None:
         return None
 
 
+def make(args: argparse.Namespace) -> dict | None:
+    """Make the data that `args` ask for, and return what is known of them; None if they are there already."""
+    parameters = {k: v for k, v in vars(args).items() if k not in ("out", "force", "reuse")}
+    generate = {"gaussian": gaussian.generate, "digits": digits.generate}[args.kind]
+    with one_at_a_time(args.out):  # another process may be making them: then they are there when it has
+        present = parameters_of(args.out)
+        if args.reuse and present == parameters | {"format": FORMAT}:
+            return None
+        with open_output(args.out, replace=args.force or (args.reuse and present is not None)) as output:
+            facts = generate(output, **{k: v for k, v in parameters.items() if k != "kind"})
+            output.write_meta({"parameters": parameters | {"format": FORMAT}, **facts})
+    return facts
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    parameters = {k: v for k, v in vars(args).items() if k not in ("out", "force", "reuse")}
-    parameters["format"] = FORMAT
-    present = parameters_of(args.out)
-    if args.reuse and present == parameters:
-        print(f"{args.out} holds these data already")
-        return 0
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished files are removed
-    generate = {"gaussian": gaussian.generate, "digits": digits.generate}[args.kind]
     try:
-        with open_output(args.out, replace=args.force or (args.reuse and present is not None)) as output:
-            facts = generate(output, **{k: v for k, v in parameters.items() if k not in ("kind", "format")})
-            output.write_meta({"parameters": parameters, **facts})
+        facts = make(args)
     except (OutputError, MemoryError) as error:
         print(f"python -m data_gen: error: {error}", file=sys.stderr)
         return 2
@@ -115,12 +124,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+    if facts is None:
+        print(f"{args.out} holds these data already")
+        return 0
     print(f"{args.out}: {facts['summary']}")
     if "bayes" in facts:
-        train, val = facts["bayes"]["train"], facts["bayes"]["val"]
+        train, val, equal_guesses = facts["bayes"]["train"], facts["bayes"]["val"], math.log(args.n_classes)
         print(
             f"the true probabilities have training loss {train['cross_entropy_nats']:.4f} nats, validation loss"
-            f" {val['cross_entropy_nats']:.4f} (chance: {math.log(args.n_classes):.4f}) and accuracy {val['accuracy']:.4f}"
+            f" {val['cross_entropy_nats']:.4f} (equal guesses: {equal_guesses:.4f}) and accuracy {val['accuracy']:.4f}"
         )
     return 0
 

@@ -81,10 +81,8 @@ def generate(
             X.flush()
             y.flush()
             bayes[split] = best_possible(n, loss, loss_squared, correct)
-    return {
-        "summary": f"{n_train:,} training and {n_val:,} validation samples, {n_features:,} features, {n_classes:,} classes",
-        "bayes": bayes,
-    }
+    samples = f"{n_train:,} training and {n_val:,} validation samples"
+    return {"summary": f"{samples}, {n_features:,} features, {n_classes:,} classes", "bayes": bayes}
 
 
 def best_possible(n: int, loss: float, loss_squared: float, correct: float) -> dict:

@@ -1,11 +1,12 @@
 """A folder of `.npy` files that appear under their names only when all of them are whole."""
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ class Output:
         free = shutil.disk_usage(self.partial).free
         if n_bytes > free:
             raise OutputError(
-                f"--out {self.out}: {n_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: ask for fewer samples or features"
+                f"--out {self.out}: {n_bytes / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free:"
+                " ask for fewer samples or features"
             )
 
     def array(self, name: str, shape: tuple[int, ...], dtype: type) -> np.memmap:
@@ -45,14 +47,32 @@ class Output:
 
 
 @contextmanager
+def one_at_a_time(out: Path) -> Iterator[None]:
+    """Make the folder `out`, and wait until no other process that calls this for it is in here.
+
+    Some disks have no locks: nobody waits there. Raises `OutputError`.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"--out {out}: {error.strerror or error}") from error
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)  # gone with the process
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextmanager
 def open_output(out: Path, replace: bool) -> Iterator[Output]:
-    """Give an `Output`; on success move its files into `out`, on any error remove them.
+    """Give an `Output`; on success move its files into `out`, on any error remove them. Be in `one_at_a_time`.
 
     Raises `OutputError` if `out` is not empty and `replace` is false, or if the disk refuses.
     """
     partial = None
     try:
-        out.mkdir(parents=True, exist_ok=True)
         left_over = list(out.glob(PARTIAL + "*"))
         if not replace and len(list(out.iterdir())) > len(left_over):
             raise OutputError(f"--out {out} is not empty: name another folder, or replace its data with --force")

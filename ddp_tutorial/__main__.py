@@ -39,9 +39,9 @@ def main() -> int:
     data, results = args.out / "data", args.out / "results"
     prepare_launches()
     try:
-        run("1. Sample data: Gaussian classes", "data_gen", "gaussian", "--out", str(data), "--reuse")
         if not SCRIPT.exists():
             raise UserError(f"{SCRIPT} is missing: install the clone with 'pip install -e .'")
+        run("1. Sample data: Gaussian classes", "data_gen", "gaussian", "--out", str(data), "--reuse")
         launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}", "--nnodes=1"]
         options = ["--data-dir", str(data), "--out", str(results), "--epochs", str(args.epochs)]
         run("2. Train on several ranks (torchrun, by its module's name)", *launch, name(SCRIPT), *options)

@@ -1,8 +1,7 @@
-"""The four `.npy` files as PyTorch datasets, and the checks that refuse bad files."""
+"""The four `.npy` files as PyTorch datasets."""
 
+import hashlib
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,21 +9,30 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ddp_tutorial.console import UserError, reason, say
-from ddp_tutorial.files import check_regular
-
-SCAN_BYTES = 16 * 2**20  # of float32 features read at a time: no scan needs the file in memory
-FAR_OUT = 10  # times the spread of the middle half: a standard deviation that a few values make
-
-
-class DataError(UserError):
-    """The `.npy` files cannot be used."""
+from ddp_tutorial.console import UserError, announce, warn
+from ddp_tutorial.npy import (
+    FAR_OUT,
+    NO_DATA_YET,
+    NUMBER_CLASSES,
+    X_AS_NUMBERS,
+    Y_AS_NUMBERS,
+    DataError,
+    blocks,
+    check_shapes,
+    count_labels,
+    find_outliers,
+    find_rounded,
+    is_mapped,
+    map_array,
+    mean_and_std,
+    sample,
+)
 
 
 class NpyDataset(Dataset):
     """One split: features `X_path` (N, F) of any real type, integer classes `y_path` (N,) from 0.
 
-    Both files stay on disk, mapped read-only; the ranks of one machine share a single copy in its page cache. A
+    Both files stay on disk, mapped read-only; the processes of one machine share a single copy in its page cache. A
     `DataLoader` fetches a whole batch by one `__getitems__`; `collate_fn=NpyDataset.collate` takes it as it is.
 
     Attributes: `n_features` F; `mean`, `std` (F,) float64; `class_counts` (C,) int64, of each label; `n_classes` C.
@@ -33,7 +41,7 @@ class NpyDataset(Dataset):
 
     def __init__(self, X_path: str | Path, y_path: str | Path):
         self.X_path, self.y_path = Path(X_path), Path(y_path)
-        self.X, self.y = map_array(self.X_path), map_array(self.y_path)
+        self.X, self.y = map_array(self.X_path, X_AS_NUMBERS), map_array(self.y_path, Y_AS_NUMBERS)
         check_shapes(self.X, self.X_path, self.y, self.y_path)
         self.n_features = self.X.shape[1]
         self.class_counts = count_labels(self.y, self.y_path)
@@ -51,14 +59,36 @@ class NpyDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch in one gather: x (B, F) float32 and y (B,) int64, copies of the files' values."""
         rows = np.asarray(indices, dtype=np.intp)
-        x = self.X.take(rows, axis=0).astype(np.float32, copy=False)
-        y = self.y.take(rows).astype(np.int64, copy=False)
+        x = np.ascontiguousarray(gather(self.X, rows), dtype=np.float32)
+        y = np.ascontiguousarray(gather(self.y, rows), dtype=np.int64)
         return torch.from_numpy(x), torch.from_numpy(y)
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the shape, the class counts, and 64 rows, evenly spaced, as the model gets them.
+
+        Other data have others, but for a change that spares these rows and all counts. The same values saved in
+        another type or order have the same.
+        """
+        rows = np.linspace(0, len(self) - 1, 64).astype(np.intp)
+        state = hashlib.blake2b(repr(self.X.shape).encode(), digest_size=8)
+        for array in (
+            self.class_counts,
+            gather(self.X, rows).astype(np.float32),
+            gather(self.y, rows).astype(np.int64),
+        ):
+            state.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+        return state.hexdigest()
 
     @staticmethod
     def collate(batch):
         """For `DataLoader(collate_fn=...)`: `__getitems__` has made the batch already."""
         return batch
+
+
+def gather(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Copies of these rows. `take` is the faster, but it first copies all of an array that is not as it wants it."""
+    as_it_wants = array.flags.c_contiguous and array.flags.aligned
+    return array.take(rows, axis=0) if as_it_wants else array[rows]
 
 
 class GpuBatches:
@@ -68,8 +98,10 @@ class GpuBatches:
         self.loader, data = loader, loader.dataset
         self.X = torch.empty(data.X.shape, device=device)
         self.y = torch.empty(data.y.shape, device=device, dtype=torch.int64)
-        for rows in torch.arange(len(data)).split(max(1, SCAN_BYTES // (4 * data.n_features))):
-            self.X[rows[0] : rows[-1] + 1], self.y[rows[0] : rows[-1] + 1] = data.__getitems__(rows)
+        for rows, columns in blocks(data.X):  # a part of X at a time, as it lies in the file
+            self.X[rows, columns] = torch.from_numpy(data.X[rows, columns].astype(np.float32, order="C"))
+        for rows, _ in blocks(data.y[:, None]):
+            self.y[rows] = torch.from_numpy(data.y[rows].astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -80,135 +112,92 @@ class GpuBatches:
             yield self.X.index_select(0, rows), self.y.index_select(0, rows)
 
 
-def place(data_on: str, device: torch.device, *loaders: DataLoader) -> tuple:
-    """Where the data are, in words, and the loaders: as `GpuBatches` where the data are on the GPU.
+def move_data_to_gpu(data_on: str, device: torch.device, *loaders: DataLoader) -> tuple:
+    """The loaders, as `GpuBatches` where the data are to lie on the GPU `device`. On a CPU nothing is moved.
 
     `data_on` is "gpu", "cpu", or "auto": on the GPU if they take at most half of its free memory. Raises `UserError`.
     """
     if device.type == "cpu":
-        return "cpu", *loaders
+        return loaders
     n_bytes = sum(4 * loader.dataset.X.size + 8 * len(loader.dataset) for loader in loaders)
     n_free, _ = torch.cuda.mem_get_info(device)
     if data_on == "gpu" and n_bytes > n_free:
-        raise UserError(f"--data-on gpu: the data take {n_bytes / 1e9:.3g} GB, {n_free / 1e9:.3g} GB are free: use --data-on cpu")  # fmt: skip
-    if data_on == "gpu" or (data_on == "auto" and n_bytes <= n_free / 2):
-        return "cuda, data on the GPU", *(GpuBatches(loader, device) for loader in loaders)
-    return "cuda, data in main memory", *loaders
+        sizes = f"the data take {n_bytes / 1e9:.3g} GB, {n_free / 1e9:.3g} GB are free"
+        raise UserError(f"--data-on gpu: {sizes}: use --data-on cpu")
+    moved = data_on == "gpu" or (data_on == "auto" and n_bytes <= n_free / 2)
+    announce("the data are on the GPU" if moved else "the data are in main memory")
+    return tuple(GpuBatches(loader, device) for loader in loaders) if moved else loaders
 
 
-def map_array(path: Path) -> np.ndarray:
-    """Map a `.npy` file of real numbers for reading. Raises `DataError`."""
-    try:
-        check_regular(path)
-        with warnings.catch_warnings(action="ignore"):  # numpy's own, about headers that Python 2 wrote
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file: make sample data with 'python -m data_gen', or name another folder with --data-dir") from None  # fmt: skip
-    except OSError as error:
-        raise DataError(f"{path}: {reason(error)}: put a readable file there") from None
-    except Exception as error:  # whatever a made-up header provokes: numpy evaluates it
-        raise DataError(f"{path}: {why_unreadable(path, error)}: write it again with numpy.save") from None
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise DataError(f"{path}: this is an .npz archive: save each array in a file of its own with numpy.save")
-    if array.dtype.kind not in "fiub":
-        raise DataError(f"{path}: the type is {array.dtype}: save real numbers")
-    return np.asarray(array)  # still mapped; the class memmap would slow each small gather
-
-
-def why_unreadable(path: Path, error: Exception) -> str:
-    with open(path, "rb") as file:
-        head = file.read(6)
-    if head != b"\x93NUMPY":
-        return "this is not a .npy file" if head else "the file is empty"
-    if "object" in str(error).lower():
-        return "it holds Python objects, which could run code when loaded"
-    return "the file is damaged or was cut short"
-
-
-def check_shapes(X: np.ndarray, X_path: Path, y: np.ndarray, y_path: Path) -> None:
-    """Raise `DataError` unless X is (N, F) and y is (N,), with at least one sample and one feature."""
-    if X.ndim != 2 or X.shape[1] == 0:
-        remedy = "call X.reshape(len(X), -1)" if X.ndim > 2 else "call X.reshape(-1, 1) for one feature" if X.ndim == 1 else "give at least one"  # fmt: skip
-        raise DataError(f"{X_path}: the shape is {X.shape}, not (samples, features): {remedy}")
-    if y.ndim != 1:
-        remedy = "call y.argmax(axis=1) on one-hot labels" if y.ndim == 2 and y.shape[1] > 1 else "call y.ravel()"
-        raise DataError(f"{y_path}: the shape is {y.shape}, not (samples,): {remedy}")
-    if len(X) != len(y):
-        raise DataError(f"{y_path}: {len(y)} labels for the {len(X)} samples of {X_path.name}: give each sample one label")  # fmt: skip
-    if len(X) == 0:
-        raise DataError(f"{X_path}: there are no samples: give at least one")
-
-
-def count_labels(y: np.ndarray, path: Path) -> np.ndarray:
-    """How often each class from 0 on occurs in `y`: (C,) int64. Raises `DataError` for labels that are not classes."""
-    counts = np.zeros(1, np.int64)
-    for i in range(0, len(y), SCAN_BYTES // 8):
-        values, n = np.unique(y[i : i + SCAN_BYTES // 8], return_counts=True)
-        with np.errstate(invalid="ignore"):
-            wrong = values[values != np.floor(values)] if values.dtype.kind == "f" else ()
-        for label, what in ((wrong[:1], "not an integer"), (values[values < 0], "negative"), (values[values.astype(float) >= 2**20], "too large")):  # fmt: skip
-            if len(label):
-                raise DataError(f"{path}: the label {label[0]:g} is {what}: number the classes 0, 1, 2, ...")
-        values = values.astype(np.int64)
-        counts = np.pad(counts, (0, max(0, values[-1] + 1 - len(counts))))
-        counts[values] += n
-    return counts
-
-
-def mean_and_std(X: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column, (F,) float64 each, by one pass over the file.
-
-    Values relative to the first row keep the variance exact where the mean is large (Chan, Golub and LeVeque,
-    "Algorithms for Computing the Sample Variance", 1983). Raises `DataError` if one is not finite in float32.
-    """
-    step = max(1, SCAN_BYTES // (4 * X.shape[1]))
-    sums = np.zeros((2, X.shape[1]))
-    with np.errstate(all="ignore"):
-        origin = X[0].astype(np.float32).astype(np.float64)
-        for i in range(0, len(X), step):
-            x = X[i : i + step].astype(np.float32) - origin
-            sums += x.sum(0), np.square(x, out=x).sum(0)
-    bad = np.flatnonzero(~np.isfinite(sums).all(0))
-    if len(bad):
-        others = f", as do {len(bad) - 1} other features" if len(bad) > 1 else ""
-        raise DataError(f"{path}: feature {bad[0]} holds a nan or an infinite value{others}: replace these values or leave their samples out")  # fmt: skip
-    mean, mean_square = sums / len(X)
-    return mean + origin, np.sqrt(np.maximum(mean_square - mean**2, 0))
-
-
-def warn_of_outliers(train_set: NpyDataset) -> None:
-    """Say so if a few values, far from all others, make the standard deviation of a feature."""
-    rows = train_set.X[:: max(1, len(train_set) // 4096)].astype(np.float32)  # their spread stands for that of all
-    low, high = np.percentile(rows, (25, 75), axis=0)
-    times = np.divide(train_set.std.numpy(), high - low, out=np.zeros_like(low), where=high > low)
-    worst = times.argmax()
-    if times[worst] > FAR_OUT:
-        say(f"warning: {train_set.X_path}: the standard deviation of feature {worst} is {times[worst]:.0f} times the width of its middle half, so a few values far out set its scale: look for outliers, or clip them", sys.stderr)  # fmt: skip
+def warn_of(train_set: NpyDataset, val_set: NpyDataset) -> None:
+    """Say what the files can be used with, but had better be without: what costs time, or spoils what is learned."""
+    X_path, X = train_set.X_path, train_set.X
+    if not all(is_mapped(array) for split in (train_set, val_set) for array in (split.X, split.y)):
+        warn(f"{X_path.parent}: this disk cannot map files, so each process has read them into memory")
+    for split in (train_set, val_set):
+        if not split.X.flags.c_contiguous:  # a gather takes more than twice as long: see `python -m benchmarks`
+            cost = "is in Fortran order, as DataFrames are, so each batch takes several times as long to gather"
+            warn(f"{split.X_path}: X {cost}: save np.ascontiguousarray(X, dtype=np.float32)")
+            break
+    n_classes, n_used = train_set.n_classes, np.count_nonzero(train_set.class_counts)
+    if n_classes >= 1000 and n_classes > 2 * n_used:
+        cost = f"{n_used:,} classes have numbers up to {n_classes - 1:,}, so a step costs as much as for all of these"
+        warn(f"{train_set.y_path}: {cost}: {NUMBER_CLASSES}")
+    feature = find_rounded(X, train_set.mean.numpy(), train_set.std.numpy())
+    if feature is not None:
+        what = f"feature {feature} varies by {sample(X[:, feature]).std():.2g} around {train_set.mean[feature]:.3g}"
+        remedy = "save X - X_train.mean(axis=0), both splits"
+        warn(f"{X_path}: {what}, which float32 cannot tell apart, so nothing is learned from it: {remedy}")
+    feature, times = find_outliers(X, train_set.std.numpy())
+    if times > FAR_OUT:
+        warn(
+            f"{X_path}: the standard deviation of feature {feature} is {times:.0f} times the width of "
+            "its middle half, so a few values far out set its scale: look for outliers, or clip them"
+        )
 
 
 def load_splits(data_dir: str | Path | None) -> tuple[NpyDataset, NpyDataset]:
     """The training and the validation set in the folder `data_dir`, else `$DDP_DATA_DIR`, else `/mnt/ddp/sample`.
 
-    Warns of outliers in the training set. Raises `DataError`, also if the two do not fit each other.
+    Warns of what `warn_of` finds. Raises `DataError`, also if the two do not fit each other.
     """
     folder = Path(data_dir or os.environ.get("DDP_DATA_DIR") or "/mnt/ddp/sample")
     if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
-        raise DataError(f"{folder}: there is no such folder: make sample data with 'python -m data_gen', or name another folder with --data-dir")  # fmt: skip
-    train_set, val_set = (NpyDataset(folder / f"X_{split}.npy", folder / f"y_{split}.npy") for split in ("train", "val"))  # fmt: skip
-    if train_set.n_features != val_set.n_features:
-        raise DataError(f"{val_set.X_path}: {val_set.n_features} features, but {train_set.X_path.name} has {train_set.n_features}: give both the same features")  # fmt: skip
-    if np.count_nonzero(train_set.class_counts) == 1:  # the loss would be 0 from the start, and nobody would notice
-        raise DataError(f"{train_set.y_path}: every label is {train_set.n_classes - 1}, so there is nothing to learn: give samples of at least two classes")  # fmt: skip
-    known = np.pad(train_set.class_counts, (0, max(0, val_set.n_classes - train_set.n_classes)))[: val_set.n_classes]
-    unseen = np.flatnonzero((val_set.class_counts > 0) & (known == 0))
-    if len(unseen):
-        raise DataError(f"{val_set.y_path}: the label {unseen[0]} is not in {train_set.y_path.name}: add training samples of that class, or leave it out")  # fmt: skip
-    warn_of_outliers(train_set)
+        raise DataError(f"{folder}: there is no such folder: {NO_DATA_YET}")
+    train_set, val_set = (
+        NpyDataset(folder / f"X_{split}.npy", folder / f"y_{split}.npy") for split in ("train", "val")
+    )
+    check_splits(train_set, val_set)
+    warn_of(train_set, val_set)
     return train_set, val_set
 
 
-def guessing_loss(train_set: NpyDataset, val_set: NpyDataset) -> float:
+def check_splits(train_set: NpyDataset, val_set: NpyDataset) -> None:
+    """Raise `DataError` unless the two have the same features, and the training set all classes of the other.
+
+    A step takes the time and memory of all class numbers: 10,000 or more, of which not a tenth is used, are refused.
+    """
+    X_train, y_train = train_set.X_path.name, train_set.y_path.name
+    if train_set.n_features != val_set.n_features:
+        numbers = f"{val_set.n_features} features, but {X_train} has {train_set.n_features}"
+        raise DataError(f"{val_set.X_path}: {numbers}: give both the same features")
+    if np.count_nonzero(train_set.class_counts) == 1:  # the loss would be 0 from the start, and nobody would notice
+        what = f"every label is {train_set.n_classes - 1}, so there is nothing to learn"
+        raise DataError(f"{train_set.y_path}: {what}: give samples of at least two classes")
+    n_used = np.count_nonzero(train_set.class_counts)
+    if train_set.n_classes >= 10_000 and train_set.n_classes > 10 * n_used:
+        what = (
+            f"{n_used:,} classes have numbers up to {train_set.n_classes - 1:,}, and a step would pay for all of these"
+        )
+        raise DataError(f"{train_set.y_path}: {what}: {NUMBER_CLASSES}")
+    known = np.pad(train_set.class_counts, (0, max(0, val_set.n_classes - train_set.n_classes)))[: val_set.n_classes]
+    unseen = np.flatnonzero((val_set.class_counts > 0) & (known == 0))
+    if len(unseen):
+        what = f"the label {unseen[0]} is not in {y_train}"
+        raise DataError(f"{val_set.y_path}: {what}: add training samples of that class, or leave it out")
+
+
+def class_prior_loss(train_set: NpyDataset, val_set: NpyDataset) -> float:
     """The validation loss (nats) of always answering with the class frequencies of the training set."""
     frequencies = train_set.class_counts[: val_set.n_classes] / len(train_set)
     seen = val_set.class_counts > 0

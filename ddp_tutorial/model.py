@@ -16,7 +16,7 @@ class SimpleModel(nn.Module):
         return self.linear(x).log_softmax(dim=1)
 
 
-class Standardize(nn.Module):
+class ScaleInputs(nn.Module):
     """Brings raw features to one scale: x -> (x - mean) / (std * sqrt(F)). Nothing in it is trained.
 
     `mean` and `std` (F,) are those of the training set. They are buffers, so a saved model holds them
@@ -29,10 +29,11 @@ class Standardize(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor):
         super().__init__()
-        # A feature that varies by less than float32 can tell apart is only centred.
-        varies = std > torch.finfo(torch.float32).eps * mean.abs()
+        # A feature that varies by less than float32 can tell apart is only centred; its rounding errors stay small.
+        rounding = torch.finfo(torch.float32).eps * mean.abs()
+        spread = torch.where(std > rounding, std, rounding.clamp(min=1))
         self.register_buffer("mean", mean.float())
-        self.register_buffer("scale", (torch.where(varies, std, 1.0) * len(std) ** 0.5).float())
+        self.register_buffer("scale", (spread * len(std) ** 0.5).float())
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw features x (B, F) float32 to standardized ones of the same shape."""

@@ -1,4 +1,4 @@
-"""The loop of one epoch, in plain PyTorch: it knows nothing of ranks."""
+"""The loop of one epoch, in plain PyTorch."""
 
 from collections.abc import Iterable
 
@@ -10,10 +10,12 @@ from torch.nn.functional import nll_loss
 def train_one_epoch(
     model: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> Tensor:
-    """One pass over `loader`, a step of `optimizer` for each batch.
+    """One pass over `loader`, a step of `optimizer` for each batch x (B, F), y (B,).
 
-    Returns (n_steps, 2) float64 on `device`, a row for each step: the summed loss (nats) of its samples, before the
-    step, and their number. Sums, unlike means, can be added up: over steps, and over ranks.
+    `model` maps x to log-probabilities (B, C), as `SimpleModel` does: the loss is their `nll_loss`. Returns
+    (n_steps, 2) float64 on `device`, a row for each step: the summed loss (nats) of its samples, before the step, and
+    their number.
+    Sums, unlike means, can be added up: over steps, and over processes.
     """
     model.train()
     losses, sizes = [], []
@@ -31,9 +33,9 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable, device: torch.device) -> Tensor:
-    """One pass over `loader` without training.
+    """One pass over `loader` without training; `model` maps x to log-probabilities (B, C).
 
-    Returns (3,) float64 on `device`: the summed loss (nats), the numbers of correct predictions and of samples.
+    Returns (3,) float64 on `device`: the summed loss (nats), the numbers of samples and of correct predictions.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -41,6 +43,6 @@ def evaluate(model: nn.Module, loader: Iterable, device: torch.device) -> Tensor
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         log_p = model(x)
         sums[0] += nll_loss(log_p.double(), y, reduction="sum")
-        sums[1] += (log_p.argmax(dim=1) == y).sum()
-        sums[2] += len(y)
+        sums[1] += len(y)
+        sums[2] += (log_p.argmax(dim=1) == y).sum()
     return sums

@@ -3,8 +3,8 @@
 A run survives if it ends by itself after one restart for each kill, and is identical if its history and its last
 checkpoint are those of a run that nothing befell: bit for bit, but for the last digits of the mean loss of an epoch
 that was cut in two. With `--agents 2` the ranks are those of two agents, each a torchrun that takes the other's place
-for one on another machine. After each kill the history must consist of whole lines, and at the end no process, no open port
-and no file in TMPDIR may be left. Where torchrun is asked to stop, its checkpoint must be whole, and a run that
+for one on another machine. After each kill the history must consist of whole lines, and at the end no process, no open
+port and no file in TMPDIR may be left. Where torchrun is asked to stop, its checkpoint must be whole, and a run that
 resumes must survive. A kill that comes too late is not counted but repeated.
 
 Seconds from a kill on: "noticed", until torchrun starts to end the other ranks; "trains", until the first new epoch
@@ -145,7 +145,7 @@ def state(pid: int) -> str:
 
 
 def befall(run: Run, kind: str, rng: random.Random, start: float, end: float) -> None:
-    """Do to the run what KINDS says; it is expected to train from `start` to `end`, in seconds from its ranks' start."""
+    """Do to the run what KINDS says; it is to train from `start` to `end`, in seconds from its ranks' start."""
     if kind.startswith("SIG"):
         run.group()
         run.until((run.out / "checkpoint.pt").exists)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from tests.chromium import CHROMIUM
 from tests.ranks import DDP, RESILIENT, SINGLE, data_gen, save_data, train
 
 
@@ -50,3 +51,16 @@ def small(tmp_path):
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((60, 3)).astype(np.float32), np.arange(60) % 3
     return save_data(tmp_path / "small", X_train=X[:40], y_train=y[:40], X_val=X[40:], y_val=y[40:])
+
+
+@pytest.fixture(scope="module")  # not "session": Playwright's event loop would still run under nbmake's
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: install the package chromium")
+    with playwright.sync_playwright() as p:
+        # Playwright itself turns off the sandbox (which root cannot have) and most background traffic.
+        quiet = ["--disable-domain-reliability", "--disable-sync", "--no-pings"]
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        yield browser
+        browser.close()

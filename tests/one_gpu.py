@@ -1,7 +1,7 @@
 """Rehearse four GPUs on one: torchrun --standalone --nproc-per-node=4 --nnodes=1 tests/one_gpu.py SCRIPT FLAGS...
 
-The script runs unchanged; each rank believes that it has a GPU of its own. NCCL refuses two ranks of one host on one GPU, so
-each rank names another host, and they talk through sockets. It is slow: a rehearsal, no benchmark.
+The script runs unchanged; each rank believes that it has a GPU of its own. NCCL refuses two ranks of one host on one
+GPU, so each rank names another host, and they talk through sockets. It is slow: a rehearsal, no benchmark.
 """
 
 import os

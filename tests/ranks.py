@@ -1,15 +1,13 @@
-"""Real ranks for the tests: started by torchrun, or forked from a server that has imported torch already.
+"""Real ranks for the tests: started by torchrun, or by the package's launcher from a server that has imported torch.
 
-A test of the launch itself takes `torchrun`. `start_ranks` is ten times faster and gives every rank's own exit
-code and output, which torchrun hides behind its summary. A forked rank ends without the interpreter's shutdown,
-and inherits imports that a fresh one makes itself: where either matters, use `torchrun` or `fork=False`.
+A test of the launch itself takes `torchrun`, whose agents are copies of the server, and whose ranks are new processes.
+`start_ranks` is faster by far and gives every rank's own exit code and output, which torchrun hides behind its summary.
+A forked rank ends without the interpreter's shutdown, and inherits imports that a fresh one makes itself: where either
+matters, use `torchrun` or `fork=False`.
 """
 
-import fcntl
 import json
-import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -25,34 +23,17 @@ import numpy as np
 import torch
 
 from data_gen.__main__ import main as data_gen_main
+from ddp_tutorial import launcher
+from ddp_tutorial.launcher import Rank
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SINGLE, DDP, RESILIENT = (NOTEBOOKS / f"{name}.py" for name in ("single_sample", "ddp_sample", "ddp_resilient"))
-SET_BY_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-HANG = 200.0  # seconds: ten times what the longest launch here takes, and less than the 300 of --timeout
-IMPORTED_BY_SERVER = [
-    "torch._dynamo",  # the first optimizer would import it: a second for each rank
-    "torch.distributed.nn.functional",
-    "torch.distributed.elastic.multiprocessing.errors",
-    "ddp_tutorial.data",
-    "ddp_tutorial.flags",
-    "ddp_tutorial.history",
-    "ddp_tutorial.model",
-    "ddp_tutorial.ranks",
-    "ddp_tutorial.training",
+HANG = launcher.TIME_LIMIT  # on a machine that does nothing else: less than the 300 s of --timeout
+os.environ["OMP_NUM_THREADS"] = "1"  # for whatever is started from here
+launcher.IMPORTED_BY_SERVER += [
     "numpy.ma",  # np.percentile imports it
     "pytest",  # the program that asks for the fork: multiprocessing imports it in each
-    "tests.ranks",
-    "tqdm",
 ]
-
-
-class Rank(NamedTuple):
-    """How a rank ended: its exit code (negative: the signal that ended it) and what it said."""
-
-    code: int
-    stdout: str
-    stderr: str
 
 
 class Result(NamedTuple):
@@ -76,21 +57,35 @@ class Attack:
         return open, (str(self.path), "w")
 
 
-def torchrun(n: int, script: Path, *flags, timeout: float = HANG) -> subprocess.CompletedProcess:
+def patience() -> float:
+    """The seconds after which a launch hangs: `HANG`, times the programs that share a core of this machine just now."""
+    return HANG * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def torchrun(n: int, script: Path, *flags, timeout: float | None = None) -> subprocess.CompletedProcess:
     """`torchrun --standalone --nproc-per-node=n --nnodes=1 script flags`. Raises `subprocess.TimeoutExpired`."""
     with Launch(n, script, *flags) as launch:
         return launch.wait(timeout)
 
 
 class Launch:
-    """`torchrun` in the background; what is left of it at the end of the `with` block is ended.
+    """`torchrun` in the background, a copy of the server; what is left of it at the end of the `with` block is ended.
 
     With `n_agents` it is that many of them, as if each were on a machine of its own, for `n` ranks in all; `nnodes` is
-    their flag, and `agent` the one that holds the meeting. `options` are torchrun's, besides.
+    their flag, and `agent` the one that holds the meeting. `options` are torchrun's, besides. Without `fork` it is a
+    new process, which inherits from this one, not from the server, which signals are ignored.
     """
 
     def __init__(
-        self, n: int, script: Path, *flags, restarts: int = 0, n_agents: int = 1, nnodes: str = "", options: tuple = ()
+        self,
+        n: int,
+        script: Path,
+        *flags,
+        restarts: int = 0,
+        n_agents: int = 1,
+        nnodes: str = "",
+        options: tuple = (),
+        fork: bool = True,
     ):
         program = shutil.which("torchrun", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
         place = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
@@ -99,10 +94,11 @@ class Launch:
         self.command = [program, *options, *map(str, (script, *flags))]
         self._temporary, self._port = tempfile.TemporaryDirectory(), None
         self.folder = Path(self._temporary.name)  # in the environment of each of its processes, as TMPDIR
-        self._outputs = {stream: tempfile.TemporaryFile("a+") for stream in ("stdout", "stderr")}
-        for file in self._outputs.values():  # an unnamed file has lost this flag: without it, `said` moves the writers
-            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
-        self.agents = []
+        self._words = tempfile.TemporaryDirectory()
+        self._outputs = tuple(Path(self._words.name, stream) for stream in ("stdout", "stderr"))
+        for path in self._outputs:
+            path.touch()
+        self.agents, self._fork = [], fork
         for i in range(n_agents):
             self.start_agent(is_host=i == 0)
         self.agent = self.agents[0]
@@ -112,25 +108,24 @@ class Launch:
         program, *words = self.command
         if "--standalone" not in words:
             words = ["--rdzv-conf", f"is_host={int(is_host)},last_call_timeout=15", *words]
-        env = environment(self._temporary.name)
-        self.agents.append(subprocess.Popen([program, *words], cwd=self.folder, env=env, **self._outputs))
+        env = environment(self._temporary.name) | {"PYTHONFAULTHANDLER": "1"}  # for `where_ranks_stand`
+        self.agents.append(launcher.start([program, *words], env, self.folder, self._outputs, self._fork))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         for agent in self.agents:
-            agent.terminate()  # it then ends its ranks; SIGKILL would leave them alive
+            agent.send_signal(signal.SIGTERM)  # it then ends its ranks; SIGKILL would leave them alive
         for agent in self.agents:
             with suppress(subprocess.TimeoutExpired):
                 agent.wait(40)
-            agent.kill()
+            agent.send_signal(signal.SIGKILL)
             agent.wait()
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for file in self._outputs.values():
-            file.close()
+        self._words.cleanup()
         self._temporary.cleanup()
 
     def processes(self) -> dict[int, dict]:
@@ -159,26 +154,37 @@ class Launch:
 
     def said(self, stream: str) -> str:
         """What went to "stdout" or "stderr" so far."""
-        self._outputs[stream].seek(0)  # it is written in append mode
-        return self._outputs[stream].read()
+        return Path(self._words.name, stream).read_text()
 
-    def wait(self, timeout: float = HANG) -> subprocess.CompletedProcess:
-        """Its end; of several agents, the first exit code that is not 0. Raises `subprocess.TimeoutExpired`."""
-        deadline = time.monotonic() + timeout
-        while None in (codes := [agent.poll() for agent in self.agents]) and time.monotonic() < deadline:
+    def wait(self, timeout: float | None = None) -> subprocess.CompletedProcess:
+        """Its end; of several agents, the first exit code that is not 0.
+
+        Raises `subprocess.TimeoutExpired` after `patience()`, or `timeout` seconds, with where each rank stood.
+        """
+        start = time.monotonic()
+        while None in (codes := [agent.poll() for agent in self.agents]):
+            if (seconds := time.monotonic() - start) > (timeout or patience()):
+                raise subprocess.TimeoutExpired(self.command, seconds, self.said("stdout"), self.where_ranks_stand())
             time.sleep(0.1)
             if not self._port:
                 self.ranks()
-        outputs = [self.said(stream) for stream in self._outputs]
-        if None in codes:
-            raise subprocess.TimeoutExpired(self.command, timeout, *outputs)
+        outputs = [self.said(path.name) for path in self._outputs]
         return subprocess.CompletedProcess(self.command, next(filter(None, codes), 0), *outputs)
+
+    def where_ranks_stand(self) -> str:
+        """End the ranks so that each says where its threads are; returns what went to stderr so far, with that."""
+        for pid in self.ranks(None).values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)  # Python's faulthandler answers, whatever the rank does
+        time.sleep(1)
+        return self.said("stderr")
 
     def left(self) -> list[str]:
         """What it has left although it has ended: processes, its port, files in TMPDIR that are not torch's own."""
         left = [f"process {pid}, rank {env.get('RANK')}" for pid, env in self.processes().items()]
         torchs_own = ("torchelastic_", "torchinductor_")
-        left += [path.name for path in self.folder.iterdir() if not path.name.startswith(torchs_own)]
+        files = [path for path in self.folder.iterdir() if not path.name.startswith(torchs_own)]
+        left += [path.name for path in files if not is_pythons_own(path)]
         try:
             with socket.create_server(("", self._port or 0)):
                 pass
@@ -187,87 +193,54 @@ class Launch:
         return left
 
 
+def is_pythons_own(path: Path) -> bool:
+    """Whether it is the file by which `tempfile` tries a folder, which a SIGKILL in that moment leaves."""
+    return len(path.name) == 8 and path.is_file() and path.read_bytes() in (b"", b"blat")
+
+
 def start_ranks(n: int, script: Path, *flags, rank_env: dict[int, dict] | None = None, **options) -> list[Rank]:
     """`n` ranks of one machine; with `n` 0, one process that knows nothing of ranks, as `python script flags`.
 
     `rank_env` holds environment variables of single ranks; for `options` see `start`.
     """
     if n == 0:
-        return [start([(rank_env or {}).get(0, {})], script, flags, **options)[0]]
-    common = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    settings = [common | {"RANK": r, "LOCAL_RANK": r} | (rank_env or {}).get(r, {}) for r in range(n)]
-    return start(settings, script, flags, **options)
+        return start([(rank_env or {}).get(0, {})], script, flags, **options)
+    with launcher.meeting_point() as address:
+        variables = launcher.rank_variables(n)
+        settings = [address | variables[rank] | (rank_env or {}).get(rank, {}) for rank in range(n)]
+        return start(settings, script, flags, **options)
 
 
 def start(
-    settings: list[dict], script: Path, flags: tuple, timeout: float = HANG, fork: bool = True, stuck: tuple = ()
+    settings: list[dict],
+    script: Path,
+    flags: tuple,
+    timeout: float | None = None,
+    fork: bool = True,
+    stuck: tuple = (),
 ) -> list[Rank]:
-    """A process of the script with each of the environments `settings`; fails at the timeout with what they said.
+    """A process of the script with each of the environments `settings`.
+
+    Fails after `patience()`, or `timeout` seconds, with what they said.
 
     Those of the indices in `stuck` are killed once the others have ended: they need not end by themselves.
     """
-    command = [str(word) for word in (script, *flags)]
+
+    def others_have_ended(codes: list[int | None]) -> bool:
+        return all(code is not None for i, code in enumerate(codes) if i not in stuck)
+
     with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for i, setting in enumerate(settings):
-            env = environment(folder) | {key: str(value) for key, value in setting.items()}
-            if fork:
-                for stream in ("stdout", "stderr"):
-                    Path(folder, f"{i}.{stream}").touch()  # one that is killed before it runs has said nothing
-                processes.append(server().Process(target=become, args=(command, env, folder, i)))
-                processes[-1].start()
-            else:
-                outputs = {stream: open(f"{folder}/{i}.{stream}", "w") for stream in ("stdout", "stderr")}
-                processes.append(subprocess.Popen([sys.executable, *command], cwd=folder, env=env, **outputs))
-                for file in outputs.values():
-                    file.close()
-        deadline = time.monotonic() + timeout
-        codes = [None if i in stuck else exit_code(process, deadline) for i, process in enumerate(processes)]
-        for i, process in enumerate(processes):
-            process.kill()
-            code = exit_code(process, time.monotonic() + HANG)
-            codes[i] = code if i in stuck else codes[i]
-        outputs = [[Path(folder, f"{i}.{s}").read_text() for s in ("stdout", "stderr")] for i in range(len(codes))]
-    ranks = [Rank(code, *output) for code, output in zip(codes, outputs, strict=True)]
-    assert None not in codes, f"not ended after {timeout} s: {ranks}"
+        environments = [environment(folder) | {key: str(value) for key, value in own.items()} for own in settings]
+        options = {"enough": others_have_ended, "end_by": signal.SIGKILL}
+        ranks = launcher.run_processes((script, *flags), environments, folder, fork, timeout or patience(), **options)
+    assert not any(launcher.TIME_IS_UP in rank.stderr for rank in ranks), ranks
     return ranks
-
-
-def exit_code(process, deadline: float) -> int | None:
-    """Of a process of subprocess or multiprocessing; None if it still runs at the deadline."""
-    left = max(0, deadline - time.monotonic())
-    if isinstance(process, subprocess.Popen):
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(left)
-        return process.returncode
-    process.join(left)
-    return process.exitcode
-
-
-def become(command: list[str], env: dict, folder: str, i: int) -> None:
-    """Make this forked process what `python *command` would be."""
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(folder)
-    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
-        os.dup2(os.open(f"{i}.{stream}", os.O_WRONLY), descriptor)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
-
-
-def server():
-    """The process to fork from. It starts on first use."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, in the server
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_BY_SERVER)
-    return context
 
 
 def environment(folder: str) -> dict:
     """This process's, less what would make it a rank or lend it data. torchrun leaves files in TMPDIR."""
-    kept = {key: value for key, value in os.environ.items() if key not in (*SET_BY_LAUNCHERS, "DDP_DATA_DIR")}
-    return kept | {"OMP_NUM_THREADS": "1", "TMPDIR": folder}
+    kept = {key: value for key, value in launcher.inherited_environment().items() if key != "DDP_DATA_DIR"}
+    return kept | {"TMPDIR": folder}
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""The README's pictures are figures of notebook 04: ``python -m tests.readme_picture`` takes them from the stored outputs."""
+"""The README's pictures are figures of notebook 04: ``python -m tests.readme_picture`` takes them from its outputs."""
 
 import base64
 import json

@@ -175,7 +175,7 @@ class Cluster:
 
 def workplace(folder: Path) -> Path:
     """Put into `folder` what chapter 8 submits, the scripts, and the digits in `data/digits`."""
-    for name in ("ddp_job.sbatch", "srun_alone.sbatch"):
+    for name in ("ddp_short.sbatch", "ddp_job.sbatch", "srun_alone.sbatch"):
         (folder / name).write_text(written_file(NOTEBOOKS / "08_go_multi_node.ipynb", name))
     for script in (SINGLE, DDP, RESILIENT):
         shutil.copy(script, folder)

@@ -1,11 +1,13 @@
 """Each mistake: one line that says what, where and what to do; exit code 2 on every rank; no hang.
 
-What the line says is tested in this process, with the functions that the scripts call. How a program ends is tested with
-one mistake of each kind. The slow lane launches every program with every mistake.
+What the line says is tested in this process, with the functions that the scripts call. How a program ends is tested
+with one mistake of each kind; in the slow lane every mistake ends a program.
 """
 
+import itertools
 import os
 import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -17,8 +19,10 @@ import torch
 from ddp_tutorial import flags
 from ddp_tutorial.console import UserError
 from ddp_tutorial.data import load_splits
-from ddp_tutorial.ranks import check_environment, check_flags, parse
-from tests.ranks import DDP, RESILIENT, SINGLE, changed, free_port, save_data, start, start_ranks, torchrun, train
+from ddp_tutorial.process import per_rank_batch_size
+from ddp_tutorial.ranks import check_environment, check_flags, check_shares, parse
+from tests.edit import calls, is_class, put_before, replace_call
+from tests.ranks import DDP, RESILIENT, SINGLE, free_port, save_data, start, start_ranks, torchrun, train
 
 PROGRAMS = {
     "single": (SINGLE, 0),
@@ -42,15 +46,6 @@ def each_program(*quick):
 
 
 ALONE_AND_IN_GROUPS = each_program("single", "ddp_four_ranks", "resilient_four_ranks")
-
-
-def each_mistake(cases, telling):
-    """All programs with all `cases`, of which the telling one is in the quick lane: how they end is one for all."""
-    pairs = [(case, name) for case in cases for name in PROGRAMS]
-    return pytest.mark.parametrize(
-        "case, path, n",
-        [pytest.param(c, *PROGRAMS[name], marks=[SLOW] * (c != telling), id=f"{c}-{name}") for c, name in pairs],
-    )
 
 
 def rewrite(name, change):
@@ -170,13 +165,17 @@ def test_bad_data(case, small):
     assert_good(str(mistake.value), str(small / name) if name else str(small), remedy)
 
 
-@each_mistake(DATA, telling="cut in the values")
-def test_bad_data_end_every_rank(case, path, n, small, tmp_path):
+def assert_bad_data_end_every_rank(case, path, n, data, out):
     damage, name, remedy = DATA[case]
-    damage(small)
-    ranks = start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out")
-    assert_refused(ranks, str(small / name) if name else str(small), remedy, path)
-    assert not (tmp_path / "out").exists()
+    damage(data)
+    ranks = start_ranks(n, path, "--data-dir", data, "--out", out)
+    assert_refused(ranks, str(data / name) if name else str(data), remedy, path)
+    assert not out.exists()
+
+
+@each_program(*PROGRAMS)
+def test_bad_data_end_every_rank(path, n, small, tmp_path):
+    assert_bad_data_end_every_rank("cut in the values", path, n, small, tmp_path / "out")
 
 
 FLAGS = {
@@ -209,10 +208,28 @@ def test_bad_flags(case, monkeypatch):
         check_flags(kept)
 
 
-@each_mistake(FLAGS, telling="unknown")
-def test_bad_flags_end_every_rank(case, path, n, small, tmp_path):
+def assert_bad_flags_end_every_rank(case, path, n, data, out):
     words, names, remedy = FLAGS[case]
-    assert_refused(start_ranks(n, path, "--data-dir", small, "--out", tmp_path / "out", *words), names, remedy, path)
+    assert_refused(start_ranks(n, path, "--data-dir", data, "--out", out, *words), names, remedy, path)
+
+
+@each_program(*PROGRAMS)
+def test_bad_flags_end_every_rank(path, n, small, tmp_path):
+    assert_bad_flags_end_every_rank("unknown", path, n, small, tmp_path / "out")
+
+
+@SLOW
+def test_every_mistake_ends_a_program(small, tmp_path):
+    """Each in one program, by turns: all end in one way, and what the line says is tested without them."""
+    failed, programs = {}, itertools.cycle(PROGRAMS)
+    for mistakes, assert_ends in ((DATA, assert_bad_data_end_every_rank), (FLAGS, assert_bad_flags_end_every_rank)):
+        for case, program in zip(mistakes, programs, strict=False):
+            data = shutil.copytree(small, tmp_path / case / "data")
+            try:
+                assert_ends(case, *PROGRAMS[program], data, tmp_path / case / "out")
+            except AssertionError as error:
+                failed[case, program] = str(error)
+    assert failed == {}
 
 
 @ONE_PROCESS_AND_FOUR_RANKS
@@ -290,7 +307,8 @@ def test_a_checkpoint_of_other_settings(case, n, script, small, tmp_path):
 @FOUR_RANKS_ARE_SLOW
 def test_a_checkpoint_of_another_model(n, script, small, tmp_path):
     train(0, script, small, tmp_path, "--epochs", 1)
-    other = changed(script, "nn.Linear(n_features, n_classes)", "nn.Linear(n_features, n_classes, bias=False)", tmp_path / script.name)  # fmt: skip
+    without_bias = "nn.Linear(n_features, n_classes, bias=False)"
+    other = replace_call(script, "nn.Linear", without_bias, tmp_path / script.name)
     ranks = start_ranks(n, other, "--data-dir", small, "--out", tmp_path, "--resume")
     assert_refused(ranks, "checkpoint.pt: made with 1.linear.bias of shape (3,), not None", "resume with the same")
 
@@ -302,6 +320,7 @@ ENVIRONMENTS = {
     "RANK out of range": ({"RANK": 1}, "RANK=1"),
     "LOCAL_RANK out of range": ({"LOCAL_RANK": 1}, "LOCAL_RANK=1"),
     "LOCAL_WORLD_SIZE above": ({"LOCAL_WORLD_SIZE": 2}, "LOCAL_WORLD_SIZE=2"),
+    "LOCAL_WORLD_SIZE that int() refuses": ({"LOCAL_WORLD_SIZE": "9" * 5000}, "LOCAL_WORLD_SIZE='999"),
     "no MASTER_ADDR": ({"MASTER_ADDR": ""}, "MASTER_ADDR"),
     "no port": ({"MASTER_PORT": 65536}, "MASTER_PORT=65536"),
     "restarts not a number": ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT='x'"),
@@ -313,6 +332,14 @@ def one_of_one(change):
     """The variables of a single rank, but for a change."""
     env = ONE_OF_ONE | {"MASTER_PORT": free_port()} | change
     return {key: str(value) for key, value in env.items() if value is not None}
+
+
+def test_a_network_card_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [RESILIENT.name])
+    with pytest.raises(SystemExit) as left:
+        check_environment(one_of_one({"GLOO_SOCKET_IFNAME": "no-card"}))
+    assert left.value.code == 2
+    assert_good_line(capsys.readouterr().err.removesuffix("\n"), "GLOO_SOCKET_IFNAME=no-card", " lo")
 
 
 @pytest.mark.parametrize("case", ENVIRONMENTS)
@@ -335,6 +362,7 @@ def test_a_bad_environment_ends_the_rank(script, small, tmp_path):
     assert_refused(start([env], script, ("--data-dir", small, "--out", tmp_path / "out")), "WORLD_SIZE", "torchrun")
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_meet(script, small):
     """At once: a rank whose companion never comes, one whose port is taken, and one that calls the taker.
 
@@ -362,10 +390,10 @@ BATCHES = {  # the flag, samples, ranks, what the line names, and its remedy
 def test_a_batch_that_the_ranks_do_not_divide(case):
     batch_size, n_samples, n, names, remedy = BATCHES[case]
     with pytest.raises(UserError) as mistake:
-        flags.split_batch(batch_size, n_samples, n)
+        per_rank_batch_size(batch_size, n_samples, n)
     assert_good(str(mistake.value), names, remedy)
     for good in re.findall(r"such as (\d+)", str(mistake.value)):
-        assert flags.split_batch(int(good), n_samples, n) * n == int(good)
+        assert per_rank_batch_size(int(good), n_samples, n) * n == int(good)
 
 
 @EVERY_DDP_SCRIPT
@@ -382,14 +410,95 @@ def test_a_batch_that_the_ranks_do_not_divide_ends_them(case, path, small, tmp_p
 def test_one_rank_alone_meets_the_mistake(alone, script, small, tmp_path):
     """As on a machine where the data are missing: the others must not wait for it."""
     rank_env = {r: {"DDP_DATA_DIR": tmp_path / "missing" if r == alone else small} for r in range(4)}
-    ranks = start_ranks(4, script, "--out", tmp_path / "out", rank_env=rank_env)
+    ranks = start_ranks(4, script, "--out", tmp_path / "out", "--timeout", 60, rank_env=rank_env)
     assert_refused(ranks, str(tmp_path / "missing"), "--data-dir")
+
+
+OTHER_DATA = {  # what the last rank has in place of the others' files, and what the line names
+    "other values": (("X_train", lambda X: X + 1), "training data of fingerprint"),
+    "other labels": (("y_val", lambda y: y[::-1].copy()), "validation data of fingerprint"),
+    "fewer samples": (("X_val", "y_val", lambda array: array[:-4]), "X_val.npy of shape ("),
+    "another class": (("y_train", put(7, 5)), "classes 6"),
+}
+
+
+@pytest.mark.parametrize("case", [c if c == "other values" else pytest.param(c, marks=SLOW) for c in OTHER_DATA])
+def test_ranks_with_other_data_end_together(case, script, small, tmp_path):
+    """As on two nodes whose folders differ: each would train on its own, and the mean would be of both."""
+    (*arrays, change), names = OTHER_DATA[case]
+    other = shutil.copytree(small, tmp_path / "other")
+    for name in arrays:
+        rewrite(name, change)(other)
+    rank_env = {r: {"DDP_DATA_DIR": other if r == 2 else small} for r in range(3)}
+    ranks = start_ranks(3, script, "--out", tmp_path / "out", "--batch-size", 12, rank_env=rank_env)
+    assert_refused(ranks, names, "give all nodes the same files")
+    assert f" on node {socket.gethostname()} (rank 2)" in ranks[0].stderr and not (tmp_path / "out").exists()
+
+
+def test_ranks_with_other_flags_end_together(script, small, tmp_path):
+    copy = put_before(script, calls("train"), "args.epochs += rank", tmp_path / script.name)
+    ranks = start_ranks(2, copy, "--data-dir", small, "--out", tmp_path / "out", "--epochs", 3)
+    assert_refused(ranks, "--epochs 4 on node ", "the same files and flags")
+
+
+def test_fewer_nodes_than_torchrun_was_promised(script, small, tmp_path):
+    """A node whose clock is off is taken for dead, and the other would train alone."""
+    flags = ("--data-dir", small, "--epochs", 1, "--batch-size", 40, "--out")
+    ranks = start_ranks(2, script, *flags, tmp_path / "refused", "--nnodes", 2)
+    assert_refused(ranks, "--nnodes 2: 1 node takes part", "NTP")
+    two_nodes = {r: {"GROUP_WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0} for r in range(2)}
+    assert train(2, script, small, tmp_path / "out", *flags[2:6], "--nnodes", 2, rank_env=two_nodes)
+
+
+def parsed(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+    return parse(None)
+
+
+@pytest.mark.parametrize("text, expected", [("2", [2]), ("1:3", [1, 2, 3]), ("4:4", [4])])
+def test_numbers_of_nodes(text, expected, monkeypatch):
+    assert list(parsed(monkeypatch, "--nnodes", text).nnodes) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "3:1", "two", ":2", "1:", "1:2:3"])
+def test_what_is_no_number_of_nodes(text, monkeypatch):
+    with pytest.raises(UserError, match=f"--nnodes: {text} is not a number of nodes, .* 1:3: see --help"):
+        check_flags(parsed(monkeypatch, "--nnodes", text))
+
+
+SHARES = {  # --nnodes, ranks of a node, --batch-size, samples, and what is said
+    "one number": ("1:3", 2, 256, 4096, "256 does not divide among 2, 4, 6 ranks.*a multiple of 12, such as 252$"),
+    "small": ("2:3", 1, 4, 4096, "4 does not divide among 2, 3 ranks.*a multiple of 6, such as 6$"),
+    "all samples": ("1:3", 1, 999, 100, "100 does not divide among 1, 2, 3 ranks.*a multiple of 6, such as 96$"),
+    "too few": ("4:7", 1, 64, 40, "40 does not divide.*allow fewer nodes$"),
+    "fits": ("1:4", 2, 48, 4096, None),
+    "nothing said": (None, 3, 256, 4096, None),
+}
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_a_batch_for_each_number_of_nodes(case, monkeypatch):
+    """A job that starts on two nodes must not end when the third comes, of no use, restart after restart."""
+    nnodes, n_local, batch_size, n_samples, says = SHARES[case]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n_local))
+    args = parsed(monkeypatch, "--batch-size", batch_size, *(("--nnodes", nnodes) if nnodes else ()))
+    if not says:
+        return check_shares(args, n_samples)
+    with pytest.raises(UserError, match=says) as mistake:
+        check_shares(args, n_samples)
+    for good in re.findall(r"such as (\d+)", str(mistake.value)):
+        args.batch_size = int(good)
+        check_shares(args, n_samples)
+
+
+def test_a_batch_that_a_later_number_of_nodes_does_not_divide(script, small, tmp_path):
+    flags = ("--data-dir", small, "--out", tmp_path / "out", "--batch-size", 40, "--nnodes", "1:3")
+    assert_refused(start_ranks(2, script, *flags), "--batch-size 40 does not divide among 2, 4, 6 ranks", "such as 36")
 
 
 def test_a_mistake_that_the_first_rank_cannot_find_is_not_kept_secret(ddp, small, tmp_path):
     """In ddp_sample.py a rank that alone meets a mistake waits a while for the first one to speak, and then does."""
-    impatient = "console.PATIENCE = 1.0\n\n\nclass SimpleModel"
-    copy = changed(ddp, "class SimpleModel", impatient, tmp_path / ddp.name)
+    copy = put_before(ddp, is_class, "process.MISTAKE = process.MISTAKE._replace(others_wait=1)", tmp_path / ddp.name)
     rank_env = {r: {"DDP_DATA_DIR": small, "TORCHELASTIC_RUN_ID": "x"} for r in range(2)}
     rank_env[1]["DDP_DATA_DIR"] = tmp_path / "missing"
     waiting, alone = start_ranks(2, copy, "--out", tmp_path / "out", rank_env=rank_env, stuck=(0,))
@@ -439,14 +548,14 @@ TORCHRUN = {
 }
 
 
-@pytest.mark.parametrize("case", [c if "data" in c else pytest.param(c, marks=SLOW) for c in TORCHRUN])
+@pytest.mark.parametrize("case", [c if c == "ddp, data" else pytest.param(c, marks=SLOW) for c in TORCHRUN])
 def test_torchrun_shows_the_line_once_before_its_summary(case, small, tmp_path):
     path, mistake, delay = TORCHRUN[case]
     words, names, remedy = FLAGS.get(mistake, (["--lr", 9e37], "the loss is not finite", "smaller --lr"))
     if mistake in DATA:
         words, (damage, names, remedy) = (), DATA[mistake]
         damage(small)
-    copy = changed(path, "class SimpleModel", DELAYS[delay] + "class SimpleModel", tmp_path / path.name)
+    copy = put_before(path, is_class, DELAYS[delay], tmp_path / path.name)
     done = torchrun(4, copy, "--data-dir", small, "--out", tmp_path / "out", *words)
     assert done.returncode == 1  # torchrun's own
     ours = [i for i, line in enumerate(done.stderr.splitlines()) if f"{path.name}: error: " in line]

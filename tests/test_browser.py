@@ -13,21 +13,19 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from tests.chromium import IS_BLANK, console_errors
+from tests.test_notebooks import NOTEBOOKS
+
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb")) + sorted(FOLDER.glob("solutions/*.ipynb"))
 RUN = ["01_load_data.ipynb", "05_how_ddp_works.ipynb"]  # 05 brings a script: the animation of the ring
 TIMEOUT = 900  # seconds a notebook may run, if it does not hang
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 SETTINGS = {
     # Otherwise cells outside the window are not in the page, and nobody could look at them.
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
@@ -38,7 +36,8 @@ SCRIPTS = {"single_sample.py", "ddp_sample.py", "ddp_resilient.py"}
 
 # The code cells' prompts, and the text of a dialog; `done` once nothing runs or waits to, though something has run.
 STATE = """() => {
-    const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(p => p.innerText.trim());
+    const found = document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt');
+    const prompts = [...found].map(p => p.innerText.trim());
     const dialog = document.querySelector('.jp-Dialog-content')?.innerText ?? '';
     const idle = document.querySelector('#jp-main-statusbar').innerText.includes('| Idle');
     return {prompts, dialog, done: dialog || (idle && !prompts.includes('[*]:') && prompts.some(p => p !== '[ ]:'))};
@@ -50,18 +49,11 @@ CELLS = """() => ['.jp-Cell', '.jp-MarkdownCell .jp-MarkdownOutput > *:first-chi
 
 # The number of figures; those that show nothing; the outputs of which a part hangs over the right edge.
 FIGURES = """async () => {
+    const isBlank = IS_BLANK;
     const within = '.jp-Notebook :is(.jp-OutputArea-output, .jp-MarkdownOutput) ';
     const blank = [], images = [...document.querySelectorAll(within + 'img')];
-    for (const [i, image] of images.entries()) {
-        const canvas = new OffscreenCanvas(100, 100).getContext('2d');
-        try {
-            await image.decode();
-            canvas.drawImage(image, 0, 0, 100, 100);
-        } catch { }
-        const pixels = new Uint32Array(canvas.getImageData(0, 0, 100, 100).data.buffer);
-        if (!image.naturalWidth || !image.getBoundingClientRect().width || pixels.every(p => p === pixels[0]))
-            blank.push(i);
-    }
+    for (const [i, image] of images.entries())
+        if (await isBlank(image)) blank.push(i);
     const outputs = [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output')];
     const clipped = outputs.filter(output => output.scrollWidth > output.clientWidth + 1);
     return {
@@ -69,7 +61,7 @@ FIGURES = """async () => {
         blank,
         clipped: clipped.map(output => output.dataset.mimeType),
     };
-}"""
+}""".replace("IS_BLANK", IS_BLANK)
 
 
 class Lab:
@@ -128,19 +120,6 @@ class Lab:
             self.process.wait()
 
 
-@pytest.fixture(scope="module")  # not "session": Playwright's event loop would still run under nbmake's
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: install the package chromium")
-    with playwright.sync_playwright() as p:
-        # Playwright itself turns off the sandbox (which root cannot have) and most background traffic.
-        quiet = ["--disable-domain-reliability", "--disable-sync", "--no-pings"]
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=quiet)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):
     lab = Lab(tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("jupyter") / "config")
@@ -164,32 +143,13 @@ def page(window, lab):
     lab.stop_kernels()
 
 
-@contextmanager
-def console_errors(page) -> Iterator[list[str]]:
-    """What the page has said in the browser's console, as errors, or thrown."""
-    said = []
-
-    def note(message) -> None:
-        if message.type == "error":
-            said.append(message.text)
-
-    def note_thrown(error) -> None:
-        said.append(str(error))
-
-    page.on("console", note)
-    page.on("pageerror", note_thrown)
-    yield said
-    page.remove_listener("console", note)
-    page.remove_listener("pageerror", note_thrown)
-
-
 def n_figures(notebook) -> int:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 def open_in_lab(lab: Lab, page, path: Path) -> list[str]:
-    """Open the notebook `path`, which is under `lab.root`, and wait for its cells and its kernel; return what is wrong."""
+    """Open the notebook `path`, under `lab.root`, and wait for its cells and its kernel; return what is wrong."""
     notebook = nbformat.read(path, as_version=4)
     n_text = sum(cell.cell_type == "markdown" for cell in notebook.cells)
     page.goto(f"{lab.url}/lab/tree/{path.relative_to(lab.root).as_posix()}?token={lab.token}&reset")
@@ -247,7 +207,8 @@ def run_all(lab: Lab, page, path: Path, name: str) -> list[str]:
         problems = seen(page, name, n_stored, said)
     if state["dialog"]:
         return [f"a dialog: {state['dialog']}"]
-    if state["prompts"] != [f"[{i + 1}]:" for i in range(len(code))]:
+    is_folded = [cell.metadata.get("jupyter", {}).get("source_hidden") for cell in code]  # a folded one has no prompt
+    if state["prompts"] != ["" if folded else f"[{i}]:" for i, folded in enumerate(is_folded, 1)]:
         problems.append(f"the cells' prompts are {state['prompts']}")
     return problems + [f"a cell failed: {error}" for error in errors(path, page)]
 

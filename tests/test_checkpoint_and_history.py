@@ -2,10 +2,10 @@
 
 import io
 import json
+import math
 import os
 import pickle
 import shutil
-import time
 from contextlib import suppress
 from copy import deepcopy
 
@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from ddp_tutorial.console import UserError
-from ddp_tutorial.history import History, check_finite, read
+from ddp_tutorial.history import History, check_finite, read, report_epoch
 from ddp_tutorial.model import SimpleModel
 from ddp_tutorial.ranks import checkpoint
 from ddp_tutorial.ranks.checkpoint import CheckpointError
-from tests.ranks import Attack, assert_same, changed, start_ranks, train
+from tests.edit import calls, put_before
+from tests.ranks import Attack, assert_same, start_ranks, train
 
 
 def pair(seed=0, n_features=3):
@@ -93,7 +94,10 @@ def test_no_checkpoint(tmp_path):
 
 def test_a_new_run_sets_an_earlier_one_aside(saved):
     checkpoint.save(saved, *pair(), epoch=8)
+    before = sorted(saved.parent.iterdir())
     assert checkpoint.find(saved, resume=False, restarted=False) is None
+    assert sorted(saved.parent.iterdir()) == before  # to look is to change nothing
+    checkpoint.set_aside(saved)
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint.earlier.pt"]
     assert load(saved.with_suffix(".earlier.pt"), *pair()) == (8, 0, 0)
 
@@ -138,7 +142,7 @@ def test_a_damaged_file_gives_way_to_the_previous_one(saved, capsys):
     saved.write_bytes(saved.read_bytes()[:500])
     assert load(saved, *pair()) == (7, 0, 0)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"{saved}: damaged (its checksum is wrong): checkpoint.previous.pt is whole"
+    assert line == f"warning: {saved}: damaged (its checksum is wrong): checkpoint.previous.pt is whole"
     checkpoint.previous(saved).write_bytes(b"")
     with pytest.raises(CheckpointError, match="checkpoint.pt: damaged"):
         checkpoint.load(saved, *pair())
@@ -203,7 +207,7 @@ def test_no_folder_to_write_to(folder, saved):
         checkpoint.save(saved.parent / folder / "checkpoint.pt", *pair(), epoch=8)
 
 
-SUMS, VAL_SUMS = torch.tensor([80.0, 80.0]), torch.tensor([40.0, 10.0, 20.0])
+SUMS, VAL_SUMS = torch.tensor([80.0, 80.0]), torch.tensor([40.0, 20.0, 10.0])
 
 
 def epochs(*numbers):
@@ -219,26 +223,28 @@ def assert_epochs(path, *numbers):
 
 def test_history(tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    path, history = out / "history.jsonl", History(out, 40)
+    path, history = out / "history.jsonl", History(out)
     for epoch in range(1, 41):
-        history.append(epoch, SUMS, VAL_SUMS, 2)
+        report_epoch(history.append(epoch, SUMS, VAL_SUMS, 2), 40, math.inf)
         assert_epochs(path, *range(1, epoch + 1))
     assert read(path) == read(out)
     assert [int(line.split()[1]) for line in capsys.readouterr().out.splitlines()] == [1, *range(4, 41, 4)]
-    again = History(out, 40)
+    again = History(out)
     assert_epochs(path, *range(1, 41))  # until there is something better
     again.append(1, SUMS, VAL_SUMS, 2)
     assert_epochs(path, 1)
     assert {*out.iterdir()} == {path, out / "lock"}
 
 
-def test_the_seconds_are_those_of_each_epoch(tmp_path):
-    history = History(tmp_path, 3)
-    for epoch in (1, 2):
-        time.sleep(0.1)
+def test_the_seconds_are_those_of_each_epoch(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    history = History(tmp_path)
+    for epoch in (1, 2, 3):
+        now += epoch
         history.append(epoch, SUMS, VAL_SUMS)
-    assert all(0.1 <= line["seconds"] < 0.2 * line["epoch"] + 5 for line in read(tmp_path))
-    assert [line["world_size"] for line in read(tmp_path)] == [1, 1]
+    assert [line["seconds"] for line in read(tmp_path)] == [1.0, 2.0, 3.0]
+    assert [line["world_size"] for line in read(tmp_path)] == [1, 1, 1]
 
 
 def test_resuming_drops_later_epochs_and_a_torn_line(tmp_path):
@@ -246,7 +252,7 @@ def test_resuming_drops_later_epochs_and_a_torn_line(tmp_path):
     lines = [json.dumps(line) for line in epochs(1, 2, 3, 4)]
     path.write_text("\n".join(lines)[:-9])  # killed in the middle of writing epoch 4
     assert read(path) == epochs(1, 2, 3)
-    history = History(tmp_path, 5)
+    history = History(tmp_path)
     history.keep(2)
     history.append(3, SUMS * 2, VAL_SUMS, 4)
     assert path.read_text().startswith("\n".join(lines[:2]) + "\n")
@@ -259,7 +265,7 @@ def test_resuming_wants_each_epoch_once(numbers, tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in epochs(*numbers)))
     with pytest.raises(UserError, match="has not the 2 epochs of its checkpoint"):
-        History(tmp_path, 5).keep(2)
+        History(tmp_path).keep(2)
 
 
 def test_a_line_of_something_else_ends_the_history(tmp_path):
@@ -275,11 +281,11 @@ import resource, sys, torch
 from pathlib import Path
 from ddp_tutorial.history import History, UserError
 out, size = sys.argv[1:]
-history, (soft, hard) = History(Path(out), 9), resource.getrlimit(resource.RLIMIT_FSIZE)
+history, (soft, hard) = History(Path(out)), resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), hard))
 try:
     for epoch in (1, 2):
-        history.append(epoch, torch.tensor([80.0, 80.0]), torch.tensor([40.0, 10.0, 20.0]), 2)
+        history.append(epoch, torch.tensor([80.0, 80.0]), torch.tensor([40.0, 20.0, 10.0]), 2)
 except UserError as error:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     print(error, file=sys.stderr)
@@ -309,11 +315,11 @@ def test_losses_that_are_not_finite():
 
 
 @pytest.mark.parametrize("chance, warns", [(2.0, True), (1.5, True), (2.5, False), (float("inf"), False)])
-def test_a_run_that_ends_no_better_than_guessing_is_told_so(chance, warns, tmp_path, capsys):
-    history = History(tmp_path, 2, chance)
-    history.append(1, SUMS, VAL_SUMS)
+def test_a_run_that_ends_no_better_than_guessing_is_told_so(chance, warns, capsys):
+    line = {"train_loss": 1.0, "val_loss": 2.0, "val_accuracy": 0.5}
+    report_epoch({"epoch": 1} | line, 2, chance)
     assert capsys.readouterr().err == ""  # there is time
-    history.append(2, SUMS, VAL_SUMS)
+    report_epoch({"epoch": 2} | line, 2, chance)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == warns
     assert all(line.startswith("warning: a validation loss of 2.0000 is ") for line in lines)
@@ -322,7 +328,7 @@ def test_a_run_that_ends_no_better_than_guessing_is_told_so(chance, warns, tmp_p
 def test_history_has_no_folder(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match="--out"):
-        History(tmp_path / "out", 1)
+        History(tmp_path / "out")
 
 
 @pytest.mark.parametrize("n", [0, 4])
@@ -355,6 +361,31 @@ def test_a_run_starts_afresh_unless_told_to_resume(script, small, tmp_path):
     assert_same(again.checkpoint, first.checkpoint)
 
 
+def test_what_was_set_aside_can_be_resumed(script, small, tmp_path):
+    """Checkpoint and history are a pair: both are there under the names with "earlier", of the same run."""
+    flags, out = ("--batch-size", 12), tmp_path / "out"
+    whole = train(2, script, small, tmp_path / "whole", "--epochs", 4, *flags)
+    train(2, script, small, out, "--epochs", 3, *flags)
+    train(2, script, small, out, "--epochs", 1, *flags)
+    for name in ("checkpoint{}.pt", "history{}.jsonl"):
+        (out / name.format(".earlier")).replace(out / name.format(""))
+    assert_same(train(2, script, small, out, "--epochs", 4, "--resume", *flags)[:2], whole[:2])
+
+
+def test_another_learning_rate_on_purpose(script, small, tmp_path):
+    """It is refused unless it is meant; then the steps from there on are of that size, also after one more restart."""
+    out, flags = tmp_path / "out", ("--batch-size", 12)
+    train(0, script, small, out, "--epochs", 2, "--lr", 1.0, *flags)
+    other = ("--data-dir", small, "--out", out, "--epochs", 4, "--resume", "--lr", 0.125, *flags)
+    (refused,) = start_ranks(0, script, *other)
+    assert refused.code == 2 and "--lr 1.0, not 0.125" in refused.stderr and "--new-lr" in refused.stderr, refused
+    run = train(0, script, small, out, *other[4:], "--new-lr")
+    assert [line["epoch"] for line in run.history] == [1, 2, 3, 4]
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["lr"] == state["settings"]["--lr"] == 0.125
+    assert train(0, script, small, out, *other[4:], "--epochs", 5).history[:4] == run.history
+
+
 @pytest.mark.parametrize("left", ["checkpoint.pt", "checkpoint.previous.pt"])
 def test_a_restarted_group_resumes_unasked(left, script, small, tmp_path):
     """torchrun counts its restarts; a kill may leave either name."""
@@ -375,10 +406,9 @@ def test_a_restarted_group_without_a_checkpoint_starts(script, small, tmp_path):
 
 
 def test_a_restarted_group_does_not_go_on_from_an_earlier_run(script, small, tmp_path):
-    out, loop = tmp_path / "out", "    for epoch in run.epochs():"
+    out = tmp_path / "out"
     train(2, script, small, out, "--epochs", 2)
-    dying = tmp_path / "dying.py"
-    changed(script, loop, "    raise RuntimeError\n" + loop, dying)
+    dying = put_before(script, calls("run.epochs"), "raise RuntimeError", tmp_path / "dying.py")
     ranks = start_ranks(2, dying, "--data-dir", small, "--out", out)
     assert [rank.code for rank in ranks] == [1, 1], ranks
     assert sorted(path.name for path in out.glob("checkpoint*")) == ["checkpoint.earlier.pt"]

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from ddp_tutorial import data
-from ddp_tutorial.data import DataError, GpuBatches, NpyDataset, guessing_loss, load_splits, place
-from ddp_tutorial.flags import split_batch
+from ddp_tutorial import console, data, npy
+from ddp_tutorial.console import UserError
+from ddp_tutorial.data import DataError, GpuBatches, NpyDataset, class_prior_loss, load_splits, move_data_to_gpu
+from ddp_tutorial.process import per_rank_batch_size
 from tests.ranks import Attack, assert_same, save_data
 
 
@@ -88,7 +89,7 @@ def wild(tmp_path):
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_batches_gathered_on_the_device_are_the_loaders(drop_last, dtype, tmp_path, monkeypatch):
     """In test_gpu.py a GPU gathers them; here the CPU does. The copy is made in several parts."""
-    monkeypatch.setattr(data, "SCAN_BYTES", 7 * 5 * 4)
+    monkeypatch.setattr(npy, "SCAN_BYTES", 7 * 5 * 4)
     samples = dataset(tmp_path, np.random.default_rng(0).uniform(0, 200, (53, 5)).astype(dtype))
     for sampler in (DistributedSampler(samples, 2, 1, drop_last=drop_last), range(1, 53, 3), range(0)):
         loader = DataLoader(samples, 4, sampler=sampler, drop_last=drop_last, collate_fn=NpyDataset.collate)
@@ -103,12 +104,30 @@ def test_batches_gathered_on_the_device_are_the_loaders(drop_last, dtype, tmp_pa
 
 def test_without_a_gpu_the_data_stay_where_they_are(tmp_path):
     loader = DataLoader(dataset(tmp_path, np.ones((4, 2), np.float32)), 2)
-    assert place("auto", torch.device("cpu"), loader, loader) == ("cpu", loader, loader)
+    assert move_data_to_gpu("auto", torch.device("cpu"), loader, loader) == (loader, loader)
+
+
+def test_the_gpu_holds_the_data_if_half_of_its_free_memory_is_enough(tmp_path, monkeypatch):
+    loader = DataLoader(dataset(tmp_path, np.ones((10, 3), np.float32)))
+    n_bytes = 10 * (3 * 4 + 8)
+    monkeypatch.setattr(data, "GpuBatches", lambda loader, device: "a copy")
+    for data_on, n_free, found in (
+        ("auto", 2 * n_bytes, "a copy"),
+        ("auto", 2 * n_bytes - 1, loader),
+        ("gpu", n_bytes, "a copy"),
+        ("cpu", 100 * n_bytes, loader),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, n_free=n_free: (n_free, 10**12))
+        (placed,) = move_data_to_gpu(data_on, torch.device("cuda"), loader)
+        assert placed is found, (data_on, n_free)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (n_bytes - 1, 10**12))
+    with pytest.raises(UserError, match="--data-on gpu: the data take .*: use --data-on cpu"):
+        move_data_to_gpu("gpu", torch.device("cuda"), loader)
 
 
 @pytest.mark.parametrize("scan_bytes", [20, 3000, 2**24])  # a row at a time, several, all
 def test_mean_and_std_are_those_of_float64(scan_bytes, wild, monkeypatch):
-    monkeypatch.setattr(data, "SCAN_BYTES", scan_bytes)
+    monkeypatch.setattr(npy, "SCAN_BYTES", scan_bytes)
     samples, X = NpyDataset(wild.X_path, wild.y_path), np.asarray(wild.X, np.float64)
     assert samples.mean.dtype == samples.std.dtype == torch.float64
     np.testing.assert_allclose(samples.mean.numpy(), X.mean(0), rtol=1e-12, atol=1e-12)
@@ -133,7 +152,7 @@ def test_code_in_a_file_does_not_run(tmp_path):
 
 
 def test_labels_are_looked_at_to_the_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SCAN_BYTES", 80)
+    monkeypatch.setattr(npy, "SCAN_BYTES", 80)
     y = np.zeros(35, np.int64)
     y[[20, 34]] = 4, 2
     assert dataset(tmp_path, np.ones((35, 1)), y).class_counts.tolist() == [33, 0, 1, 0, 1]
@@ -152,14 +171,14 @@ def test_where_the_data_are(small, tmp_path, monkeypatch):
 def test_guessing_loss_is_that_of_the_class_frequencies(tmp_path):
     X, y_train, y_val = np.ones((8, 1)), np.array([0, 0, 0, 0, 1, 1, 3, 3]), np.array([0, 1, 1, 0])
     train_set, val_set = dataset(tmp_path / "train", X, y_train), dataset(tmp_path / "val", X[:4], y_val)
-    assert guessing_loss(train_set, val_set) == pytest.approx(-(2 * np.log(1 / 2) + 2 * np.log(1 / 4)) / 4)
-    assert guessing_loss(train_set, train_set) == pytest.approx(1.5 * np.log(2))  # the entropy; class 2 costs nothing
+    assert class_prior_loss(train_set, val_set) == pytest.approx(-(2 * np.log(1 / 2) + 2 * np.log(1 / 4)) / 4)
+    assert class_prior_loss(train_set, train_set) == pytest.approx(1.5 * np.log(2))  # the entropy, without class 2
 
 
 @pytest.mark.parametrize("n_ranks, share", [(1, 28), (2, 14), (4, 7), (7, 4)])
 def test_a_batch_is_shared_equally(n_ranks, share):
-    assert split_batch(28, 1000, n_ranks) == share
-    assert split_batch(1000, 28, n_ranks) == share  # all samples
+    assert per_rank_batch_size(28, 1000, n_ranks) == share
+    assert per_rank_batch_size(1000, 28, n_ranks) == share  # all samples
 
 
 def outliers(folder, change, capsys):
@@ -184,8 +203,9 @@ def test_a_row_far_out_is_warned_of(row, tmp_path, capsys):
     assert line.endswith(": look for outliers, or clip them")
 
 
-def test_only_the_first_rank_warns(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+def test_a_quiet_process_does_not_warn(tmp_path, capsys, monkeypatch):
+    """Of several ranks, all but the first are quiet."""
+    monkeypatch.setattr(console, "quiet", True)
     assert outliers(tmp_path, lambda X: X.put(0, 1e4), capsys) == []
 
 

@@ -41,8 +41,8 @@ def test_bayes_numbers_against_the_densities(split, n_samples, tmp_path, monkeyp
     monkeypatch.setattr(gaussian_module, "CHUNK_BYTES", 40_000)  # three chunks, five chunks
     n_classes, n_features, rho, seed, separation = 5, 7, 0.6, 11, 1.5
     sizes = ("--n-train", 2000, "--n-val", 3000, "--n-features", n_features, "--n-classes", n_classes)
-    assert data_gen("gaussian", "--out", tmp_path, *sizes, "--correlation", rho, "--seed", seed,
-                    "--separation", separation) == 0  # fmt: skip
+    shape = ("--correlation", rho, "--seed", seed, "--separation", separation)
+    assert data_gen("gaussian", "--out", tmp_path, *sizes, *shape) == 0
     X, y = np.load(tmp_path / f"X_{split}.npy").astype(np.float64), np.load(tmp_path / f"y_{split}.npy")
     means = class_means(seed, n_classes, n_features, separation)
     covariance = (1 - rho) * np.eye(n_features) + rho

@@ -8,13 +8,14 @@ from tests.ranks import start_ranks
 
 PROGRAM = """
 import json, os, sys
+from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ddp_tutorial.ranks import exchange
 
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=timedelta(seconds=30))  # for calls that do not meet
 rank, n = dist.get_rank(), dist.get_world_size()
 calls = []
 for function in ("all_reduce", "all_gather", "send", "isend"):
@@ -53,11 +54,34 @@ def bits(width):
     dist.all_gather(rows, flat)
     return all(torch.equal(rows[0], row) for row in rows)
 
+def repeats(prepare):
+    # whether a step of a run, its first and its third, has gradients of the same bits: two megabytes of them
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20_000), nn.Tanh(), nn.Linear(20_000, 4))
+    ddp_model = DistributedDataParallel(model)
+    prepare(ddp_model)
+    torch.manual_seed(1 + rank)
+    x, steps = torch.randn(8, 20), []
+    for _ in range(3):
+        model.zero_grad()
+        ddp_model(x).square().mean().backward()
+        steps.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return torch.equal(steps[0], steps[2])
+
 report = {"gathered": gathered(), "by": sorted(set(calls))}
 for size, width in (("small", 20), ("large", 5000)):
     calls.clear()
     report[size], report[f"{size} by"] = largest_difference(width), sorted(set(calls))
 report["small bits"], report["large bits"] = bits(20), bits(5000)
+report["repeats"] = repeats(lambda ddp_model: exchange.prepare_exchange(ddp_model, torch.zeros(1, 20)))
+unprepared = lambda ddp_model: ddp_model.register_comm_hook(None, exchange.average_gradients)
+report["repeats unprepared"] = repeats(unprepared)
+group = dist.new_group([n - 2, n - 1])  # the last two
+if rank >= n - 2:
+    model = DistributedDataParallel(nn.Linear(1, 1, bias=False), process_group=group)
+    exchange.prepare_exchange(model, torch.zeros(1, 1))
+    model(torch.full((1, 1), float(rank))).sum().backward()
+    report["of a group"] = model.module.weight.grad.item()
 exchange.FEW_RANKS = 1
 calls.clear()
 report["gathered by the ring"], report["ring by"] = gathered(), sorted(set(calls))
@@ -94,6 +118,11 @@ def test_few_numbers_go_through_the_first_rank_and_many_round_the_ring(reports):
     assert all(report["large by"] == ["all_reduce"] for report in reports)
 
 
+def test_the_mean_of_a_group_is_that_of_its_ranks(reports):
+    n = len(reports)
+    assert [report.get("of a group") for report in reports] == [None] * (n - 2) + [n - 1.5] * 2
+
+
 def test_many_ranks_use_the_ring(reports):
     assert all(report["ring by"] == ["all_gather"] for report in reports)
 
@@ -106,3 +135,10 @@ def test_the_mean_is_that_of_an_all_reduce(reports):
 
 def test_every_rank_has_the_same_bits(reports):
     assert all(report["small bits"] and report["large bits"] for report in reports)
+
+
+def test_a_prepared_model_adds_in_one_order_from_its_first_step(reports):
+    """So a run that goes on, whose first step is the uninterrupted one's hundredth, has its bits."""
+    assert all(report["repeats"] for report in reports)
+    if len(reports) > 2:  # two numbers have one order
+        assert not any(report["repeats unprepared"] for report in reports)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 from ddp_tutorial.history import read
 from ddp_tutorial.ranks import checkpoint
 from tests.chaos import KINDS
-from tests.ranks import DDP, SINGLE, Launch, assert_equal, changed, hundred_samples, losses, result, start_ranks, train
+from tests.edit import calls, is_class, is_main, put_before
+from tests.ranks import DDP, SINGLE, Launch, assert_equal, hundred_samples, losses, result, start_ranks, train
 
 FLAGS = ("--batch-size", 4, "--epochs", 3)  # epochs of 25 steps: stops are agreed on after the steps 10, 20 and 25
 RESTARTED = {rank: {"TORCHELASTIC_RESTART_COUNT": 1} for rank in range(4)}
@@ -47,6 +49,8 @@ def begun(script, data, tmp_path_factory):
 
 MOMENTS = """import time
 
+ranks.run.SECONDS_BETWEEN = {seconds_between}
+
 
 def before_each_step(batches, epoch, run):
     for i, batch in enumerate(batches):
@@ -70,12 +74,12 @@ def at(script, tmp_path):
     With "validation" as `where`, before each validation. A group that goes on in an epoch counts its steps from 0.
     """
 
-    def write(moment, do, where="training"):
-        moments = MOMENTS.format(**{"training": False, "validation": False, where: moment}, do=do)
-        copy = changed(script, "class SimpleModel", moments + "class SimpleModel", tmp_path / "at.py")
-        steps, validated = "        steps = train_one_epoch(", "        run.validated("
-        changed(copy, steps, "        batches = before_each_step(batches, epoch, run)\n" + steps, copy)
-        return changed(copy, validated, "        before_validation(epoch, run)\n" + validated, copy)
+    def write(moment, do, where="training", seconds_between='float("inf")'):
+        moment_of = {"training": False, "validation": False, where: moment}
+        moments = MOMENTS.format(**moment_of, do=do, seconds_between=seconds_between)
+        copy = put_before(script, is_class, moments, tmp_path / "at.py")
+        put_before(copy, calls("train_one_epoch"), "batches = before_each_step(batches, epoch, run)", copy)
+        return put_before(copy, calls("run.end_validation"), "before_validation(epoch, run)", copy)
 
     return write
 
@@ -125,6 +129,7 @@ FIRST = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
 
 
 @linux
+@pytest.mark.slow
 def test_torchrun_restarts_killed_ranks_and_names_the_one_that_raises(at, script, data, tmp_path):
     """Not a victim, which fails when the connection to it breaks. Two of three ranks are killed at once; of the
     restarted ones, one raises."""
@@ -225,15 +230,15 @@ MODEL, CHECKPOINT, HISTORY = (
     [operation.format(*name.split(".")) for operation in REPLACES]
     for name in ("model.pt", "checkpoint.pt", "history.jsonl")
 )
+APPEND = ["open history.jsonl", "half history.jsonl", "write history.jsonl", "fsync"]
 FIRST_EPOCH = ["mkdir 0", *HISTORY, *CHECKPOINT]
-EPOCH = [*HISTORY, *CHECKPOINT[:-1], "replace checkpoint.pt", CHECKPOINT[-1]]
+EPOCH = [*APPEND, *CHECKPOINT[:-1], "replace checkpoint.pt", CHECKPOINT[-1]]
 OF_A_RUN = [*FIRST_EPOCH, *EPOCH, *EPOCH, *MODEL]
 
 
 @pytest.fixture
 def counting(script, tmp_path):
-    main = 'if __name__ == "__main__":'
-    return changed(script, main, OPERATIONS + main, tmp_path / "counting.py")
+    return put_before(script, is_main, OPERATIONS, tmp_path / "counting.py")
 
 
 def operations(counting, data, out, n=0, kill_at=0, restarted=False):
@@ -249,7 +254,8 @@ def operations(counting, data, out, n=0, kill_at=0, restarted=False):
 
 def assert_left_by(done, out):
     """What a new run has on the disk when it is killed at the last of its operations, `done`."""
-    assert n_lines(out) == done[:-1].count("replace history.writing.jsonl")
+    n_written = done[:-1].count("replace history.writing.jsonl") + done.count("write history.jsonl")
+    assert (len(read(out)) if (out / "history.jsonl").exists() else 0) == n_written  # a torn line is none
     n_saved = done[:-1].count("replace checkpoint.writing.pt")
     assert progress(out) == ((n_saved, 0) if n_saved else None)
 
@@ -260,7 +266,7 @@ def last(operation):
 
 
 # The quick lane has those after which something else is on the disk; the last epoch is as the one before.
-TELLING = [1, *map(last, (*HISTORY[-1:], CHECKPOINT[1], *EPOCH[-2:], *MODEL[-2:]))]
+TELLING = [1, *map(last, (HISTORY[-1], *APPEND[1:3], CHECKPOINT[1], *EPOCH[-2:], *MODEL[-2:]))]
 SECOND_EPOCH = range(len(FIRST_EPOCH) + 1, len(FIRST_EPOCH + EPOCH) + 1)
 OTHERS = sorted({*range(1, len(OF_A_RUN) + 1)} - {*SECOND_EPOCH, *TELLING})
 
@@ -312,6 +318,23 @@ def test_one_rank_is_asked_to_stop(number, rank, at, script, data, whole, tmp_pa
     out, stopping = tmp_path / "out", at(f"(rank, epoch, i) == ({rank}, 2, 13)", send(number))
     assert_stopped(start_ranks(4, stopping, *paths(data, out), *FLAGS), out, 2, 80)
     assert_equal(train(4, script, data, out, *FLAGS, "--resume"), whole(4))
+
+
+def test_slow_steps_are_asked_after_each(at, script, data, whole, tmp_path):
+    """Ten of them would take longer than torchrun waits."""
+    out = tmp_path / "out"
+    stopping = at("(rank, epoch, i) == (1, 2, 11)", send(signal.SIGTERM), seconds_between=1e-9)  # each step is too slow
+    ranks = start_ranks(2, stopping, *paths(data, out), *FLAGS)
+    assert_stopped(ranks, out, 2, 48)  # the twelfth step, and not the twentieth
+    assert_equal(train(2, script, data, out, *FLAGS, "--resume"), whole(2))
+
+
+def test_a_stop_that_takes_too_long_is_announced(at, data, tmp_path):
+    slow_save = at("(epoch, i) == (2, 3)", "run.longest_save = 40.0")
+    (rank,) = start_ranks(0, slow_save, *paths(data, tmp_path / "out"), *FLAGS)
+    (line,) = [line for line in rank.stderr.splitlines() if "warning" in line and "guessing" not in line]
+    assert "torchrun kills ranks 30 s after" in line and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=80" in line, rank
+    assert rank.code == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -368,8 +391,7 @@ def test_a_second_interrupt_ends_at_once(at, data, tmp_path):
 
 @pytest.mark.parametrize("path", [SINGLE, DDP], ids=lambda path: path.stem)
 def test_an_interrupt_ends_the_other_scripts_without_a_traceback(path, data, tmp_path):
-    batches = "        batches = console.progress("
-    raising = changed(path, batches, "        raise KeyboardInterrupt\n" + batches, tmp_path / "at.py")
+    raising = put_before(path, calls("evaluate"), "raise KeyboardInterrupt", tmp_path / "at.py")
     (rank,) = start_ranks(0, raising, *paths(data, tmp_path / "out"))
     assert (rank.code, rank.stderr) == (130, "")
 
@@ -388,6 +410,28 @@ def test_torchrun_is_asked_to_stop(number, at, script, data, whole, tmp_path):
 
 
 # Of the tests' own ranks
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+def stand_here():
+    Path(sys.argv[1]).touch()
+    time.sleep(10_000)
+stand_here()
+"""
+
+
+@linux
+def test_a_launch_that_hangs_tells_where_its_ranks_stand(tmp_path):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    with Launch(1, tmp_path / "hanging.py", tmp_path / "stands") as launch:
+        while not (tmp_path / "stands").exists():
+            assert launch.agent.poll() is None
+            time.sleep(0.1)
+        with pytest.raises(subprocess.TimeoutExpired) as caught:
+            launch.wait(timeout=0.1)
+    assert "in stand_here" in caught.value.stderr, caught.value.stderr
 
 
 def test_a_rank_that_is_killed_before_it_runs_has_said_nothing(tmp_path):
@@ -412,8 +456,10 @@ ASKED = """
 import os, signal, time
 from ddp_tutorial.ranks import run
 
-run.PATIENCE = {patience}
+run.WAIT_IN_A_CALL = {patience}
 request = run.StopRequest()
+waiting = request.waiting()
+alive = waiting.__enter__()
 {before}
 os.kill(os.getpid(), signal.SIGTERM)
 {after}
@@ -424,12 +470,10 @@ assert request.noted
 @pytest.mark.parametrize(
     "patience, before, after, code",
     [
-        (0.3, "request.waits(True)", "time.sleep(100)", 143),
-        (0.3, "request.waits(True); request.waits(False)", "time.sleep(1.5)", 0),  # it validates, or saves
-        pytest.param(
-            3, "request.waits(True)", "[(time.sleep(0.1), request.waits(True)) for _ in range(60)]", 0, marks=slow
-        ),
-        pytest.param(2, "request.waits(True); time.sleep(2); request.waits(True)", "time.sleep(4)", 0, marks=slow),
+        (0.3, "", "time.sleep(100)", 143),
+        (0.3, "waiting.__exit__(None, None, None)", "time.sleep(1.5)", 0),  # it validates, or saves
+        pytest.param(3, "", "[(time.sleep(0.1), alive()) for _ in range(60)]", 0, marks=slow),
+        pytest.param(2, "time.sleep(2); alive()", "time.sleep(4)", 0, marks=slow),
     ],
     ids=["stands still", "does not wait", "goes on", "long steps"],
 )
@@ -479,7 +523,7 @@ def test_training_that_diverges_and_is_asked_to_stop(at, data, tmp_path):
 
 @pytest.fixture
 def apart(script, tmp_path):
-    return changed(script, "        train(args, device)", "        args.out /= str(rank)\n        train(args, device)", tmp_path / "apart.py")  # fmt: skip
+    return put_before(script, calls("train"), "args.out /= str(rank)", tmp_path / "apart.py")
 
 
 @pytest.mark.parametrize("others", ["nothing", "another run"])

@@ -1,7 +1,7 @@
 """Made-up files, flags, checkpoints and environments: each trains, or is refused in one line. Nothing hangs.
 
 The cases are the same in every run. The quick lane tries a few; the slow lane tries hundreds, and lets ranks meet.
-FUZZ_EXAMPLES=5000 hunts with that many new ones for each test instead: FUZZ_EXAMPLES=5000 pytest -m slow tests/test_fuzz.py.
+FUZZ_EXAMPLES=5000 pytest -m slow tests/test_fuzz.py hunts with that many new ones for each test instead.
 """
 
 import json
@@ -27,9 +27,11 @@ from hypothesis import HealthCheck, Phase, configuration, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from ddp_tutorial import launcher
 from ddp_tutorial.ranks import checkpoint
 from tests import ranks
-from tests.ranks import changed, free_port, result, save_data, start_ranks
+from tests.edit import calls, put_before
+from tests.ranks import free_port, result, save_data, start_ranks
 
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # else it writes beside the tests
 EXAMPLES = {"data": 180, "flags": 120, "checkpoint": 120, "history": 60, "environment": 100, "meeting": 4}
@@ -38,7 +40,7 @@ A_FEW_AND_MANY = pytest.mark.parametrize("size", ["few", pytest.param("many", ma
 HUNT = os.environ.get("FUZZ_EXAMPLES")
 GROUPS = 6  # of ranks that try to meet at the same time: most of them wait for --timeout
 MISTAKE = re.compile(r"ddp_resilient\.py: error: .{4,}: [a-z]+ .+")  # what and where: what to do
-NOTE = re.compile(r".+: damaged \(.+\): checkpoint\.previous\.pt is whole|warning: .{9,}: look for [a-z]+ .+")
+NOTE = re.compile(r"warning: .{9,}: (checkpoint\.previous\.pt is|look for|number|save) .+")
 TORCH_LOG = re.compile(
     r"\[[WE]\d+ |Exception raised from |frame #\d+: |<omitting python frames>|$"
 )  # of C++, when ranks do not meet
@@ -50,10 +52,10 @@ class Served:
 
     def __init__(self, script: Path, data: Path):
         self.connection, connection = multiprocessing.Pipe()
-        self.process = ranks.server().Process(target=serve, args=(connection, script, data))
+        self.process = launcher.fork_server().Process(target=serve, args=(connection, script, data))
         self.process.start()
 
-    def start(self, settings: list[dict], flags=(), timeout: float = ranks.HANG) -> list[ranks.Rank]:
+    def start(self, settings: list[dict], flags=(), timeout: float | None = None) -> list[ranks.Rank]:
         """`tests.ranks.start`, in that process."""
         self.connection.send((settings, tuple(flags), timeout))
         answer = self.connection.recv()
@@ -68,7 +70,7 @@ def serve(connection, script: Path, data: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     runpy.run_path(sys.argv[0], run_name="__main__")
     context = multiprocessing.get_context("fork")
-    ranks.server = lambda: context
+    launcher.fork_server = lambda: context
     with suppress(EOFError):
         while True:
             settings, flags, timeout = connection.recv()
@@ -90,7 +92,7 @@ def data(tmp_path_factory):
 def case_script(script, tmp_path_factory):
     """The script, in a working directory of the case's own."""
     copy = tmp_path_factory.mktemp("script") / script.name
-    return changed(script, "\nimport torch\n", '\nos.chdir(os.environ["CASE"])\nimport torch\n', copy)
+    return put_before(script, calls("ranks.check_environment"), 'os.chdir(os.environ["CASE"])', copy)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,8 @@ DIGITS = st.text(st.characters(categories=["Nd"]), min_size=1, max_size=3)  # "�
 # Data
 
 REAL = ["?", "u1", "i1", "<u2", ">i2", "<i4", ">i8", "<u8", "<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "g"]
-EDITS = st.lists(st.tuples(st.integers(0, 130) | st.integers(0, 3000), st.integers(0, 9), st.binary(max_size=9)), min_size=1, max_size=4)  # fmt: skip
+PLACES = st.integers(0, 130) | st.integers(0, 3000)
+EDITS = st.lists(st.tuples(PLACES, st.integers(0, 9), st.binary(max_size=9)), min_size=1, max_size=4)
 SIDES = st.sampled_from([0, 1, 3, 20, 40, -1, 2**31, 2**62, 2**63, 2**64, 10**30]) | st.integers(-(2**70), 2**70)
 SHAPES = st.sampled_from([(40, 3), (20, 3), (40,), (20,)]) | st.lists(SIDES, max_size=4).map(tuple)
 DESCR = st.sampled_from(REAL) | npst.nested_dtypes().map(np.lib.format.dtype_to_descr)
@@ -209,7 +212,8 @@ def saved(array: np.ndarray) -> bytes:
 
 WILD = st.sampled_from([0, 1, 2, 3, -1, 0.5, 2**20, 1e5, 1e30, 3.4e38, -3.4e38, 1e300, math.nan, math.inf, -math.inf])
 VALUES = st.lists(st.tuples(st.integers(0, 119), WILD), max_size=3)
-OTHER_FILES = [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"\x80\x04.", b"1,2,3\n", b"\x93NUMPY", b"\x93NUMPY\x01\x00"]  # fmt: skip
+OTHER_FILES = [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"\x80\x04.", b"1,2,3\n"]
+OTHER_FILES += [b"\x93NUMPY", b"\x93NUMPY\x01\x00"]
 OTHER_FILES += [pickle.dumps([1]), b"\x1f\x8b" + bytes(30), b"\x89HDF\r\n\x1a\n"]
 NAMES = st.sampled_from(["X_train", "y_train", "X_val", "y_val"])
 MISUSES = st.sampled_from(["missing", "folder", "loop", "dangling", "pipe", "endless", "unreadable"])
@@ -337,7 +341,7 @@ def flagged(pools: dict) -> st.SearchStrategy:
             st.just(flag),
             st.sampled_from(pools[flag]) if isinstance(pools[flag], list) else pools[flag],
             st.booleans(),
-        )  # fmt: skip
+        )
     )
 
 
@@ -346,7 +350,8 @@ def short(line: list[str]) -> bool:
     return not any(word.isdecimal() and 4 < int(word[:40]) < 2**63 for text in line for word in [text.split("=")[-1]])
 
 
-ODD = st.lists(st.sampled_from([*GOOD, "--data-dir", "--resume", "--help", "-h", "--"]) | TEXT, min_size=1, max_size=3).filter(short)  # fmt: skip
+ODD_WORDS = st.sampled_from([*GOOD, "--data-dir", "--resume", "--help", "-h", "--"]) | TEXT
+ODD = st.lists(ODD_WORDS, min_size=1, max_size=3).filter(short)
 LINES = st.lists(
     st.one_of(
         *[st.tuples(st.just("good"), flagged(GOOD))] * 6,
@@ -375,12 +380,19 @@ def test_flags(size, served, data):
 
 # What a run goes on from
 
+
+def collections(inner):
+    dictionaries = st.dictionaries(TEXT | st.integers(0, 2), inner, max_size=3)
+    return st.lists(inner, max_size=3) | dictionaries | st.tuples(inner)
+
+
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | TEXT | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT | st.integers(0, 2), inner, max_size=3) | st.tuples(inner),
+    collections,
     max_leaves=4,
-)  # fmt: skip
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]  # fmt: skip
+)
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64]
+DTYPES += [torch.uint8, torch.bool, torch.complex64]
 TENSORS = st.builds(
     lambda shape, dtype, value: torch.full(shape, value, dtype=torch.float64).to(dtype),
     st.sampled_from([(), (0,), (1,), (2,), (3,), (1, 2), (2, 2), (4, 2), (0, 2), (2, 1), (3, 3), (3, 4), (5056,)]),
@@ -389,11 +401,8 @@ TENSORS = st.builds(
 )
 SPECIAL = ["sparse", "csr", "nested", "strided", "meta", "quantized", "deep", "parameter"]
 COUNTS = st.sampled_from([0, 1, 2, 3, -1, 10**9, 2**63, 10**30, True, 2.0, "2", None])
-CHANGES = st.lists(
-    st.tuples(st.integers(0, 99), PLAIN | TENSORS | COUNTS | st.sampled_from([*map("a {} one".format, SPECIAL), "gone"])),
-    min_size=1,
-    max_size=2,
-)  # fmt: skip
+OTHER_VALUES = PLAIN | TENSORS | COUNTS | st.sampled_from([*map("a {} one".format, SPECIAL), "gone"])
+CHANGES = st.lists(st.tuples(st.integers(0, 99), OTHER_VALUES), min_size=1, max_size=2)
 
 
 def special(name):
@@ -498,20 +507,20 @@ def test_checkpoint(size, served, data, run):
     hunt("checkpoint", size, st.tuples(details, st.booleans()), case)
 
 
+EPOCHS = st.sampled_from([1, 2, 1, 2, 3, 0, -1, 1.0, True, "1", None, [1], 2**70, math.nan])
+ODD_LINES = ["", "[" * 10**5, '{"epoch":' * 10**5, '{"epoch": 1', "9" * 5000, "null", "\ufeff{}", '{"epoch": 1}\r']
+HISTORY_LINES = (
+    EPOCHS.map(lambda epoch: json.dumps({"epoch": epoch})) | st.sampled_from([*ODD_LINES, '"epoch"']) | PLAIN.map(repr)
+)
 HISTORIES = st.one_of(
     st.tuples(st.just("edit"), EDITS),
     st.tuples(st.just("bytes"), st.binary(max_size=30)),
     st.tuples(
         st.sampled_from(["lines", "lines after the good ones"]),
-        st.lists(
-            st.sampled_from([1, 2, 1, 2, 3, 0, -1, 1.0, True, "1", None, [1], 2**70, math.nan]).map(lambda epoch: json.dumps({"epoch": epoch}))
-            | st.sampled_from(["", "[" * 10**5, '{"epoch":' * 10**5, '{"epoch": 1', "9" * 5000, "null", "\ufeff{}", '{"epoch": 1}\r', '"epoch"'])
-            | PLAIN.map(repr),
-            max_size=4,
-        ),
+        st.lists(HISTORY_LINES, max_size=4),
     ),
     st.tuples(st.just("misuse"), MISUSES),
-)  # fmt: skip
+)
 
 
 @A_FEW_AND_MANY
@@ -539,7 +548,12 @@ def test_history(size, served, data, run):
 NUMBERS = ["", "x", "-1", "1.5", "²", "٣", "1_0", " 1", "0x1", "9" * 10, "9" * 5000, "a\nb", "\udcff", "nan", "None"]
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 FREE, TAKEN, GONE = "free", "taken", "gone"
-GOOD_SETTINGS = {"RANK": ["00"], "LOCAL_WORLD_SIZE": [GONE], "TORCHELASTIC_RESTART_COUNT": ["0", "1", GONE], "DDP_DATA_DIR": ["", "\udcff"]}  # fmt: skip
+GOOD_SETTINGS = {
+    "RANK": ["00"],
+    "LOCAL_WORLD_SIZE": [GONE],
+    "TORCHELASTIC_RESTART_COUNT": ["0", "1", GONE],
+    "DDP_DATA_DIR": ["", "\udcff"],
+}
 BAD_SETTINGS = {
     "RANK": [*NUMBERS, "1", "7", GONE],
     "WORLD_SIZE": [*NUMBERS, "0", GONE],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.edit import calls, is_class, put_before
 from tests.ranks import (
     DDP,
     RESILIENT,
@@ -16,7 +17,6 @@ from tests.ranks import (
     Launch,
     assert_equal,
     assert_same,
-    changed,
     hundred_samples,
     losses,
     result,
@@ -53,7 +53,7 @@ def four_ranks(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("four")
     ranks = four(RESILIENT, data, out)
     assert codes(ranks) == [0] * 4, ranks
-    assert ranks[0].stdout.startswith("4 x cuda, data on the GPU: 25 steps an epoch\n")
+    assert ranks[0].stdout.startswith("the data are on the GPU\n4 x cuda: 25 steps an epoch\n")
     return result(out)
 
 
@@ -83,19 +83,18 @@ def before_each_step(batches, epoch, run):
 
 
 """
-    copy = changed(script, "class SimpleModel", function + "class SimpleModel", path)
-    steps = "        steps = train_one_epoch("
-    return changed(copy, steps, "        batches = before_each_step(batches, epoch, run)\n" + steps, copy)
+    copy = put_before(script, is_class, function, path)
+    return put_before(copy, calls("train_one_epoch"), "batches = before_each_step(batches, epoch, run)", copy)
 
 
 @pytest.mark.parametrize("script", [SINGLE, RESILIENT], ids=lambda path: path.stem)
 def test_one_process_equals_the_cpu(script, data, one_process, tmp_path):
     runs = {}
-    for place, words in (("gpu", "data on the GPU"), ("cpu", "data in main memory")):
+    for place, words in (("gpu", "on the GPU"), ("cpu", "in main memory")):
         out, flags = tmp_path / place, ("--device", "cuda", "--data-on", place)
         ranks = start_ranks(0, script, "--data-dir", data, "--out", out, *SIZES, *flags, timeout=LIMIT)
         assert codes(ranks) == [0], ranks
-        assert ranks[0].stdout.startswith(f"1 x cuda, {words}: 25 steps an epoch\n")
+        assert ranks[0].stdout.startswith(f"the data are {words}\n1 x cuda: 25 steps an epoch\n")
         runs[place] = result(out)
     assert_same(runs["gpu"][:2], runs["cpu"][:2])  # not the checkpoints' random numbers: a loader draws some
     if script == RESILIENT:  # the others shuffle in another order
@@ -120,13 +119,14 @@ def test_more_ranks_than_gpus_take_the_cpu(data, one_process, tmp_path):
 
 
 def test_data_that_do_not_fit_are_refused(data, tmp_path):
-    too_much = changed(SINGLE, "import torch\n", "import torch\ntorch.cuda.mem_get_info = lambda _: (900, 900)\n", tmp_path / "a.py")  # fmt: skip
+    little_memory = "torch.cuda.mem_get_info = lambda _: (900, 900)"
+    too_much = put_before(SINGLE, is_class, little_memory, tmp_path / "a.py")
     flags = ("--data-dir", data, "--out", tmp_path / "out", *SIZES)
     (rank,) = start_ranks(0, too_much, *flags, "--data-on", "gpu", timeout=LIMIT)
     assert (rank.code, rank.stderr.count("\n")) == (2, 1), rank
     assert "--data-on gpu: the data take 3.2e-06 GB" in rank.stderr
     (rank,) = start_ranks(0, too_much, *flags, timeout=LIMIT)
-    assert rank.code == 0 and rank.stdout.startswith("1 x cuda, data in main memory: "), rank
+    assert rank.code == 0 and rank.stdout.startswith("the data are in main memory\n1 x cuda: "), rank
 
 
 def test_four_nccl_ranks_are_one_process(data, four_ranks, one_process, tmp_path):
@@ -134,7 +134,7 @@ def test_four_nccl_ranks_are_one_process(data, four_ranks, one_process, tmp_path
     with Launch(4, ONE_GPU, DDP, "--data-dir", data, "--out", tmp_path, *SIZES) as launch:
         done = launch.wait(LIMIT)
     assert done.returncode == 0, done
-    assert done.stdout.startswith("4 x cuda, data on the GPU: 25 steps an epoch\n")
+    assert done.stdout.startswith("the data are on the GPU\n4 x cuda: 25 steps an epoch\n")
     assert_close(result(tmp_path), one_process)
 
 
@@ -188,7 +188,8 @@ def test_nccl_ranks_are_asked_to_stop(data, four_ranks, tmp_path):
 
 def test_a_stopped_nccl_rank_is_given_up(data, tmp_path):
     """After `--timeout`, and the few seconds in which all write down what they did last; not a minute later."""
-    stopping = at(RESILIENT, tmp_path / "at.py", "(rank, epoch, i) == (1, 2, 13)", f"os.kill(os.getpid(), {int(signal.SIGSTOP)})")  # fmt: skip
+    stop = f"os.kill(os.getpid(), {int(signal.SIGSTOP)})"
+    stopping = at(RESILIENT, tmp_path / "at.py", "(rank, epoch, i) == (1, 2, 13)", stop)
     flags = ("--data-dir", data, "--out", tmp_path / "out", *SIZES, "--timeout", 10)
     with Launch(4, ONE_GPU, stopping, *flags) as launch:
         while launch.agent.poll() is None and not stopped(launch):
@@ -215,5 +216,5 @@ def test_the_command_of_the_readme_on_four_gpus(data, one_process, tmp_path):
     with Launch(4, DDP, "--data-dir", data, "--out", tmp_path, *SIZES) as launch:
         done = launch.wait(LIMIT)
     assert done.returncode == 0, done
-    assert done.stdout.startswith("4 x cuda, data on the GPU: 25 steps an epoch\n")
+    assert done.stdout.startswith("the data are on the GPU\n4 x cuda: 25 steps an epoch\n")
     assert_close(result(tmp_path), one_process)

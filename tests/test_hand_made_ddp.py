@@ -14,7 +14,7 @@ MISTAKES = {  # name -> (what stands in the chapter, what stands there instead)
     "averages the weights": ("weight.grad", "weight.data"),
     "does not broadcast": ("dist.broadcast(tensor, src=0)", "pass"),
     "leaves the sum": ("weight.grad /= dist.get_world_size()", "pass"),
-    "skips a weight": ("in model.parameters()", "in list(model.parameters())[1:]"),
+    "skips a weight": ("in module.parameters()", "in list(module.parameters())[1:]"),
     "takes all weights for trained": ("if weight.requires_grad:", "if True:"),
 }
 PROGRAM = """
@@ -63,7 +63,9 @@ def fault(wrap, make):
     torch.manual_seed(rank)  # the ranks begin with weights of their own; those of rank 0 are the exact run's
     model = make()
     try:
-        steps = train(model, wrap(model), x[:, rank::2])
+        wrapped = wrap(model)
+        assert wrapped.module is model  # DDP's name for it
+        steps = train(model, wrapped, x[:, rank::2])
     except RuntimeError as error:
         return str(error)
     for step, (mine, theirs) in enumerate(zip(steps, exact)):
@@ -87,10 +89,8 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     """What each of two ranks finds: {variant: {model: None, or what differs first}}."""
-    folder, text = (
-        tmp_path_factory.mktemp("hand_made"),
-        written_file(NOTEBOOKS / "05_how_ddp_works.ipynb", "hand_made.py"),
-    )
+    folder = tmp_path_factory.mktemp("hand_made")
+    text = written_file(NOTEBOOKS / "05_how_ddp_works.ipynb", "hand_made.py")
     texts = {"hand_made": text}
     for name, (right, wrong) in MISTAKES.items():
         texts[name.replace(" ", "_")] = text.replace(right, wrong)

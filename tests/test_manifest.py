@@ -10,6 +10,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from ddp_tutorial import ranks
+from ddp_tutorial.ranks.run import GRACE
 from ddp_tutorial.show import notebook
 from tests.ranks import NOTEBOOKS, RESILIENT
 
@@ -21,12 +22,21 @@ def manifest() -> str:
     return notebook.written_file(CHAPTER, "ddp_job.yaml")
 
 
+REFUSALS = (  # of Kubernetes, of ours and of torchrun's parser
+    kubernetes_validate.ValidationError,
+    kubernetes_validate.SchemaNotFoundError,
+    AssertionError,
+    SystemExit,
+)
+
+
 def check(text: str) -> None:
-    """Raises `AssertionError`, `kubernetes_validate.ValidationError` or `SchemaNotFoundError`, or torchrun's `SystemExit`."""
+    """Raises one of `REFUSALS`."""
     documents = list(yaml.safe_load_all(text))
     for document in documents:
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
-    service, claim, job = (next(d for d in documents if d["kind"] == kind) for kind in ("Service", "PersistentVolumeClaim", "Job"))  # fmt: skip
+    kinds = ("Service", "PersistentVolumeClaim", "Job")
+    service, claim, job = (next(d for d in documents if d["kind"] == kind) for kind in kinds)
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
 
@@ -34,6 +44,12 @@ def check(text: str) -> None:
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
     assert pod["subdomain"] == service["metadata"]["name"]
     assert spec["completionMode"] == "Indexed" and pod["restartPolicy"] in ("Never", "OnFailure")  # no schema says so
+
+    on_disruption = {"type": "DisruptionTarget", "status": "True"}
+    assert {"action": "Ignore", "onPodConditions": [on_disruption]} in spec.get("podFailurePolicy", {}).get("rules", [])
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    seconds_to_save = float(variables.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE))
+    assert seconds_to_save < pod.get("terminationGracePeriodSeconds", 30)  # 30: what Kubernetes gives unasked
 
     program, *words = container["command"]
     assert program == "torchrun"
@@ -47,7 +63,7 @@ def check(text: str) -> None:
     assert Path(torchrun.training_script).name == RESILIENT.name
     with mock.patch.object(sys, "argv", [torchrun.training_script, *torchrun.training_script_args]):
         ours = ranks.parse("its flags")
-    assert not ours.mistake
+    assert not ours.mistake and ours.nnodes == range(spec["completions"], spec["completions"] + 1)
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert set(mounts.values()) == set(volumes)
@@ -62,9 +78,8 @@ def test_the_manifest_is_valid(manifest):
     assert "has not run on a cluster" in manifest
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
+def test_a_broken_manifest_is_refused(manifest):
+    for old, new in (
         ("  backoffLimit: 6", "  backOffLimit: 6"),  # a field that Kubernetes does not know
         ("  completions: 2", '  completions: "2"'),
         ("  restartPolicy: Never", "  restartPolicy: Sometimes"),
@@ -75,16 +90,21 @@ def test_the_manifest_is_valid(manifest):
         ("  clusterIP: None", "  clusterIP: 10.0.0.1"),
         ("job-name: ddp", "job-name: other"),
         ("ddp-0.ddp-ranks:29400", "ddp-1.ddp-ranks:29400"),
-        ("--nnodes=2", "--nodes=2"),
+        ("- --nnodes=2\n            - --nproc", "- --nodes=2\n            - --nproc"),
+        ("- --nnodes=2 # the", "- --nnodes=1:2 # the"),
         ("--nproc-per-node=2", "--nproc-per-node=4"),
         ("--out=/shared", "--output=/shared"),
         ("--out=/shared", "--out=/tmp"),
         ("claimName: ddp-shared", "claimName: shared"),
         ("ReadWriteMany", "ReadWriteOnce"),
         ("ddp_resilient.py", "train.py"),
-    ],
-)
-def test_a_broken_manifest_is_refused(old, new, manifest):
-    assert manifest.count(old) == 1
-    with pytest.raises((AssertionError, SystemExit, kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError)):  # fmt: skip
-        check(manifest.replace(old, new))
+        ("- action: Ignore", "- action: Count"),
+        ("type: DisruptionTarget", "type: Ready"),
+        ('status: "True"', 'status: "False"'),
+        ("PeriodSeconds: 120", "PeriodSeconds: 90"),
+        ('value: "90"', 'value: "120"'),
+    ):
+        assert manifest.count(old) == 1, old
+        with pytest.raises(REFUSALS):
+            check(manifest.replace(old, new))
+            print(f"{new!r} is borne")

@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call, hessian
 from torch.nn.functional import linear, nll_loss, one_hot, softmax
 
-from ddp_tutorial.model import SimpleModel, Standardize
+from ddp_tutorial.model import ScaleInputs, SimpleModel
 from ddp_tutorial.training import evaluate, train_one_epoch
 from tests.ranks import DDP, RESILIENT, SINGLE, save_data, start_ranks, train
 
@@ -69,7 +69,7 @@ FEATURES = {
 def test_standardize_bounds_the_curvature(features, n_classes):
     torch.manual_seed(0)
     x = FEATURES[features](torch.randn(80, 12, dtype=torch.float64))
-    scaled = Standardize(x.mean(0), x.std(0, correction=0)).double()(x)
+    scaled = ScaleInputs(x.mean(0), x.std(0, correction=0)).double()(x)
     constant = 3 if features == "some constant" else 0
     mean_square = scaled.square().sum(1).mean().item()
     assert mean_square == pytest.approx(1 - constant / x.shape[1], abs=1e-4)  # the buffers are float32
@@ -144,7 +144,7 @@ def test_the_loss_falls(problem):
 def test_evaluate_counts_each_sample_once(problem):
     model, x, y = problem
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loss_sum, n_correct, n_samples = evaluate(model, batches(x, y, 16), CPU).tolist()
+    loss_sum, n_samples, n_correct = evaluate(model, batches(x, y, 16), CPU).tolist()
     assert loss_sum == pytest.approx(nll_loss(model(x), y, reduction="sum").item(), rel=1e-6)
     assert (n_correct, n_samples) == ((model(x).argmax(1) == y).sum().item(), 50)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
@@ -200,6 +200,14 @@ def test_divergence_names_the_epoch_and_the_remedy(path, n, small, tmp_path):
     assert re.fullmatch(r"epoch \d+: " + DIVERGED, divergence(path, ranks))
 
 
+def test_a_validation_that_diverges_in_the_only_epoch(single, ddp, script, small, tmp_path):
+    """The loss of the only step is that of the first weights. What the step makes of them is finite, but not there."""
+    save_data(small, X_val=1000 * np.load(small / "X_val.npy"))
+    for path in (single, ddp, script):
+        flags = ("--data-dir", small, "--out", tmp_path / path.stem, "--lr", 9e37, "--epochs", 1)
+        assert re.fullmatch("epoch 1: " + DIVERGED, divergence(path, start_ranks(0, path, *flags)))
+
+
 # No run ends in silence
 
 
@@ -213,7 +221,7 @@ def test_a_run_that_an_outlier_spoils_says_why_before_and_after(single, ddp, scr
         assert first.code == 0 and {(rank.code, rank.stderr) for rank in others} <= {(0, "")}, others
         before, after = first.stderr.splitlines()
         assert re.fullmatch(f"warning: {data}/X_train.npy: .* feature \\d+ .*: look for outliers, or clip them", before)
-        assert re.fullmatch(r"warning: a validation loss of 1\.\d+ is .* guessing \(1\.38\d+\): look for .*", after)
+        assert re.fullmatch(r"warning: a validation loss of 1\.\d+ is .* guessing .* \(1\.38\d+\): look for .*", after)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "digits"])

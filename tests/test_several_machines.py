@@ -22,18 +22,19 @@ from ddp_tutorial import files
 from ddp_tutorial.console import UserError
 from ddp_tutorial.history import History, read
 from ddp_tutorial.ranks import checkpoint
-from ddp_tutorial.ranks.launch import group_number
+from ddp_tutorial.ranks.meeting import group_number
 from ddp_tutorial.show import notebook
+from tests.edit import calls, put_before
 from tests.ranks import (
     DDP,
-    HANG,
     RESILIENT,
     SINGLE,
     Launch,
     assert_equal,
-    changed,
     environment,
+    free_port,
     hundred_samples,
+    patience,
     result,
     start_ranks,
     train,
@@ -55,11 +56,12 @@ def paths(data, out):
     return "--data-dir", data, "--out", out
 
 
-def until(condition, pause=0.02):
-    """What `condition` returns, once it is true."""
-    deadline = time.monotonic() + HANG
+def until(condition, launch=None, pause=0.02):
+    """What `condition` returns, once it is true; if it never is, the test tells where the ranks of the launch stand."""
+    start = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline
+        if time.monotonic() - start > patience():
+            pytest.fail(f"it does not come: {launch and launch.where_ranks_stand()}")
         time.sleep(pause)
     return value
 
@@ -70,8 +72,7 @@ def ended(launch, pids):
 
 def slowed(tmp_path):
     """A copy of the script that takes its time, so that something can befall it in the middle."""
-    line = "        run.trained(steps)"
-    return changed(RESILIENT, line, "        __import__('time').sleep(0.2)\n" + line, tmp_path / RESILIENT.name)
+    return put_before(RESILIENT, calls("run.end_training"), "__import__('time').sleep(0.2)", tmp_path / RESILIENT.name)
 
 
 # How groups of ranks tell themselves apart.
@@ -122,19 +123,80 @@ def test_without_the_first_rank_nobody_meets(store):
         group_number(store, 1, 2, timedelta(seconds=0.3))
 
 
+TWO_GROUPS = """
+import os, sys
+from argparse import Namespace
+from datetime import timedelta
+from ddp_tutorial import ranks
+for expected in (False, True):
+    args = Namespace(timeout=timedelta(seconds=60), restarted=False)
+    with ranks.rendezvous(args):
+        pass
+    assert args.restarted == expected
+assert os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"  # torchrun's own stays what it is
+"""
+
+
+def test_a_later_group_knows_that_it_is_one(tmp_path):
+    """Also where this machine's torchrun has counted no restart."""
+    (tmp_path / "groups.py").write_text(TWO_GROUPS)
+    ranks = start_ranks(2, tmp_path / "groups.py")
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+
+
 # Agents
 
 
+CLOCK = """
+import datetime as plain
+import sys
+
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+from torch.distributed.run import main
+
+seconds, *words = sys.argv[1:]
+
+
+class Clock(plain.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return plain.datetime.now(tz) + plain.timedelta(seconds=float(seconds))
+
+
+dynamic_rendezvous.datetime = Clock
+main(words)
+"""
+
+
+@pytest.mark.slow
 @linux
+def test_a_node_whose_clock_is_late_is_missed(data, tmp_path):
+    """torchrun takes it for dead, and starts the other's ranks alone; with --nnodes they refuse."""
+    program, port = tmp_path / "agent.py", free_port()
+    program.write_text(CLOCK)
+    flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    words = [RESILIENT, *paths(data, tmp_path / "out"), *FLAGS, "--nnodes", 2]
+    agents, options = [], {"cwd": tmp_path, "env": environment(str(tmp_path)), "stderr": subprocess.PIPE, "text": True}
+    for i, seconds in enumerate((0, -20)):
+        place = [f"--local-addr=127.0.0.{i + 1}", f"--rdzv-conf=is_host={1 - i},last_call_timeout=1"]
+        command = [sys.executable, program, seconds, *flags, *place, *words]
+        agents.append(subprocess.Popen([*map(str, command)], **options))
+    said = [agent.communicate(timeout=patience())[1] for agent in agents]
+    assert all(agent.returncode for agent in agents), said
+    assert "--nnodes 2: 1 node takes part" in said[0] and not (tmp_path / "out").exists(), said
+
+
+@linux
+@pytest.mark.slow
 def test_two_agents_meet_again(data, tmp_path):
     """A rank on one of them is killed: the other counts no restart, or one. Then a rank on the other."""
     flags, out = (*FLAGS, "--epochs", 12), tmp_path / "out"
     with Launch(4, slowed(tmp_path), *paths(data, out), *flags, restarts=3, n_agents=2) as launch:
         for rank, n_epochs in ((3, 2), (0, 5)):
-            until(lambda n=n_epochs: (out / "history.jsonl").exists() and len(read(out)) >= n)
-            pids = until(lambda: len(pids := launch.ranks(None)) == 4 and pids)
+            until(lambda n=n_epochs: (out / "history.jsonl").exists() and len(read(out)) >= n, launch)
+            pids = until(lambda: len(pids := launch.ranks(None)) == 4 and pids, launch)
             os.kill(pids[rank], signal.SIGKILL)
-            until(partial(ended, launch, pids))
+            until(partial(ended, launch, pids), launch)
         done = launch.wait()
         assert done.returncode == 0 and launch.left() == [], done
     assert done.stdout.count("going on after epoch") == 2, done.stdout  # no launch has a name: the store tells
@@ -151,7 +213,7 @@ def test_an_agent_dies_with_its_ranks(replaced, data, tmp_path, monkeypatch):
     if replaced:
         monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with Launch(4, slowed(tmp_path), *paths(data, out), *flags, restarts=3, n_agents=2, nnodes="1:2") as launch:
-        until(lambda: (out / "history.jsonl").exists() and len(read(out)) >= 2)
+        until(lambda: (out / "history.jsonl").exists() and len(read(out)) >= 2, launch)
         envs = launch.processes()
         ranks = [pid for pid in launch.ranks(None).values() if envs[pid]["GROUP_RANK"] == "1"]
         parents = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
@@ -163,7 +225,7 @@ def test_an_agent_dies_with_its_ranks(replaced, data, tmp_path, monkeypatch):
         dying.wait()
         launch.agents = [agent for agent in launch.agents if agent is not dying]
         if replaced:
-            until(lambda: read(out)[-1]["world_size"] == 2)
+            until(lambda: read(out)[-1]["world_size"] == 2, launch)
             launch.start_agent()
         done = launch.wait()
     assert done.returncode == 0, done
@@ -177,10 +239,10 @@ def test_an_agent_dies_with_its_ranks(replaced, data, tmp_path, monkeypatch):
 @linux
 def test_ranks_whose_agent_was_killed_end(data, tmp_path):
     with Launch(2, slowed(tmp_path), *paths(data, tmp_path / "out"), *FLAGS, "--epochs", 10_000) as launch:
-        until(lambda: (tmp_path / "out" / "history.jsonl").exists())
-        launch.agent.kill()
+        until(lambda: (tmp_path / "out" / "history.jsonl").exists(), launch)
+        launch.agent.send_signal(signal.SIGKILL)
         launch.agent.wait()
-        until(lambda: not launch.ranks(None))
+        until(lambda: not launch.ranks(None), launch)
         said = launch.said("stderr")
     assert re.findall(r"the torchrun of rank (\d) has ended", said), said
 
@@ -200,10 +262,10 @@ def test_signals_at_the_agent(number, options, n_stopped, data, tmp_path):
     end by themselves: in the middle of an epoch, which is lost."""
     out = tmp_path / "out"
     with Launch(2, slowed(tmp_path), *paths(data, out), *FLAGS, "--epochs", 10_000, options=options) as launch:
-        until(lambda: (out / "checkpoint.pt").exists())
+        until(lambda: (out / "checkpoint.pt").exists(), launch)
         launch.agent.send_signal(number)
         done = launch.wait()
-        until(lambda: not launch.ranks(None))
+        until(lambda: not launch.ranks(None), launch)
         said = launch.said("stderr")
     assert done.returncode == (1 if n_stopped else -number), done
     assert said.count("stopped: ") == n_stopped and said.count("torchrun of rank") == 2 * (1 - n_stopped), said
@@ -217,11 +279,11 @@ def test_nohup(data, tmp_path):
     flags, out = (*FLAGS, "--epochs", 12), tmp_path / "out"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup: what it starts inherits it
     try:
-        launch = Launch(2, slowed(tmp_path), *paths(data, out), *flags, options=(HANDLED,))
+        launch = Launch(2, slowed(tmp_path), *paths(data, out), *flags, options=(HANDLED,), fork=False)
     finally:
         signal.signal(signal.SIGHUP, before)
     with launch:
-        until(lambda: (out / "history.jsonl").exists())
+        until(lambda: (out / "history.jsonl").exists(), launch)
         launch.agent.send_signal(signal.SIGHUP)
         done = launch.wait()
     assert done.returncode == 0 and len(read(out)) == 12, done
@@ -230,7 +292,10 @@ def test_nohup(data, tmp_path):
 # Two jobs in one folder
 
 
-@pytest.mark.parametrize("script", [SINGLE, DDP, RESILIENT], ids=lambda path: path.stem)
+SLOW_SCRIPTS = [pytest.param(script, marks=pytest.mark.slow) for script in (SINGLE, RESILIENT)]
+
+
+@pytest.mark.parametrize("script", [DDP, *SLOW_SCRIPTS], ids=lambda path: path.stem)
 def test_a_second_job_in_the_folder_is_refused(script, data, tmp_path):
     """By one line that names the first. What it was killed in the middle of is no obstacle."""
     out, n = tmp_path / "out", 0 if script == SINGLE else 2
@@ -261,7 +326,7 @@ def test_a_disk_without_locks(monkeypatch, tmp_path):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(files.fcntl, "lockf", no_lock)
-    first, second = History(tmp_path, 9), History(tmp_path, 9)
+    first, second = History(tmp_path), History(tmp_path)
     first.append(1, SUMS, VAL_SUMS)
     second.append(1, SUMS, VAL_SUMS)
     with pytest.raises(UserError, match=r"history.jsonl: another run writes here as well"):
@@ -308,7 +373,8 @@ def test_run_in_a_notebook_leaves_nothing_behind(data, tmp_path):
         flags = f"{script} --data-dir {data} --out {tmp_path / script.stem} --batch-size 4 --epochs"
         runs += [f"{flags} 2", f"{flags} 2 --lr 9e37", f"{flags} 2", f"thread {flags} 1"]
     command = [sys.executable, str(program), ";".join(runs)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(str(tmp_path)), capture_output=True, text=True, timeout=HANG)  # fmt: skip
+    options = {"env": environment(str(tmp_path)), "capture_output": True, "text": True, "timeout": patience()}
+    done = subprocess.run(command, cwd=tmp_path, **options)
     assert done.returncode == 0, done
     assert done.stdout.count("as before: True") == len(runs) and "Traceback" not in done.stderr, done
     assert done.stderr.count("use a smaller --lr") == 2, done
@@ -334,15 +400,28 @@ def test_launches_of_a_notebook_get_an_address(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_a_host_name_that_does_not_resolve(tmp_path):
-    """`python -m ddp_tutorial` starts its ranks all the same; a notebook's launches take the same variables."""
-    inner = "hostname no-such-name.invalid && exec " + f"{sys.executable} -m ddp_tutorial --epochs 1 --ranks 2 --out {tmp_path / 'out'}"  # fmt: skip
+START = "-m ddp_tutorial --epochs 1 --ranks 2"
+PLAIN = f"-m torch.distributed.run --local-addr 127.0.0.1 --standalone --nproc-per-node=2 --nnodes=1 {DDP} --epochs 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [START, PLAIN], ids=["start", "torchrun"])
+def test_a_host_name_that_does_not_resolve(command, data, tmp_path):
+    """`python -m ddp_tutorial` starts its ranks all the same, and torchrun with the flag that the README names.
+
+    A notebook's launches take the variables of the first one.
+    """
+    flags = f"--data-dir {data} --batch-size 4 " if command is PLAIN else ""
+    start = f"{sys.executable} {command} {flags}--out {tmp_path / 'out'}"
+    inner = f"hostname no-such-name.invalid && exec {start}"
     root = ["unshare", "--uts"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--uts"]
     try:
         if subprocess.run([*root, "hostname", "x.invalid"], capture_output=True).returncode:
             pytest.skip("no other host name can be had here: unshare is not allowed")
     except FileNotFoundError:
         pytest.skip("no other host name can be had here: there is no unshare")
-    done = subprocess.run([*root, "sh", "-c", inner], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=HANG)  # fmt: skip
-    assert done.returncode == 0 and "Unable to resolve" not in done.stderr, done
-    assert len(read(tmp_path / "out" / "results")) == 1
+    options = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True, "timeout": patience()}
+    done = subprocess.run([*root, "sh", "-c", inner], **options)
+    assert done.returncode == 0, done
+    assert command is PLAIN or "Unable to resolve" not in done.stderr  # gloo then warns, and goes on
+    assert len(read(tmp_path / "out" / ("results" if command is START else ""))) == 1

@@ -1,43 +1,13 @@
-"""What a page says to those who cannot see its figures."""
+"""What a page says to those who cannot see its figures, and how it attacks a program."""
 
-import json
 import re
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
+from ddp_tutorial import launcher
 from ddp_tutorial.show import notebook
-
-FOLDER = Path(__file__).parents[1] / "notebooks"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb")) + sorted(FOLDER.glob("solutions/*.ipynb"))
-
-
-def silent_figures(cells: list[dict]) -> list[str]:
-    """The cells, by the end of their source, that show a picture without a text alternative."""
-    silent = []
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            alternatives = re.findall(r"<img\b(?:[^>]*?\balt=\"([^\"]*)\")?", "".join(data.get("text/html", "")))
-            if "image/png" in data:
-                alternatives.append(output["metadata"].get("image/png", {}).get("alt", ""))
-            silent += ["".join(cell["source"])[-60:] for alternative in alternatives if not alternative.strip()]
-    return silent
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(FOLDER).as_posix())
-def test_every_figure_has_a_text_alternative(path):
-    assert silent_figures(json.loads(path.read_text(encoding="utf-8"))["cells"]) == []
-
-
-def test_a_silent_figure_is_found():
-    shown = [
-        {"data": {"image/png": "AAAA"}, "metadata": {}},
-        {"data": {"image/png": "AAAA"}, "metadata": {"image/png": {"alt": "A finding"}}},
-        {"data": {"text/html": ["<img id=a>\n", '<img alt="A finding" id=b>\n']}, "metadata": {}},
-    ]
-    assert silent_figures([{"source": ["x\n", "y"], "outputs": [one]} for one in shown]) == ["x\ny", "x\ny"]
+from ddp_tutorial.show.attack import attack
 
 
 def test_a_figure_is_told_by_its_titles():
@@ -50,3 +20,28 @@ def test_a_figure_is_told_by_its_titles():
     assert notebook.text_alternative(figure) == "Both fail"
     assert notebook.text_alternative(plt.figure()) == ""
     plt.close("all")
+
+
+SAYS_EPOCHS = """
+import os, sys, time
+print("1 x cpu: of a script", flush=True)
+if sys.argv[1:] == [os.environ.get("FAILS")]:
+    sys.exit("it fails")
+for epoch in range(1, 1000):
+    print(f"epoch {epoch:3} ", flush=True)
+    time.sleep(0.02)
+"""
+
+
+def test_an_attack_ends_what_it_has_started(tmp_path, monkeypatch):
+    """It says how its victim ended; and if another program fails, or nobody was attacked, that is an error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "say.py").write_text(SAYS_EPOCHS)
+    said = []
+    assert attack("SIGTERM", "0", 3, "say.py", say=said.append).codes == [143]
+    assert re.search("epoch   3.*attack: SIGTERM to rank 0", "".join(said))
+    nodes = {name: launcher.inherited_environment() | {"FAILS": word} for name, word in (("A", "now"), ("B", ""))}
+    with pytest.raises(RuntimeError, match=r"exit codes \[1, -15\][^$]*it fails"):
+        attack("SIGKILL", "B", 10**6, "say.py now", nodes, said.append)
+    with pytest.raises(RuntimeError, match=r"exit codes \[1\]"):
+        attack("SIGKILL", "0", 10**6, "say.py now", {"": nodes["A"]}, said.append)

@@ -3,15 +3,13 @@
 import shutil
 import signal
 import sys
-import types
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 import ddp_tutorial
-from ddp_tutorial.show import notebook
-from tests.ranks import DDP, NOTEBOOKS, RESILIENT, changed, start_ranks
+from tests.edit import is_main, put_before, replace_call
+from tests.ranks import DDP, RESILIENT, changed, start_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads thread names from /proc")
 EARLY_IMPORT = "import torch.distributed.nn.functional"
@@ -28,14 +26,13 @@ def and_report(main):
 
 
 """
-MAIN = {DDP: "console.run(main)", RESILIENT: "main()  # survive"}
-REPORTING_MAIN = {DDP: "and_report(lambda: console.run(main))", RESILIENT: "and_report(main)  #"}
+MAIN = {DDP: ("process.run", "and_report(lambda: process.run(main))"), RESILIENT: ("main", "and_report(main)")}
 
 
 def reporting_ranks(script, data, tmp_path, lr=1, **options):
     """Two ranks that say which threads they have once `main` has ended."""
-    main = 'if __name__ == "__main__":\n    '
-    copy = changed(script, main + MAIN[script], REPORT_THREADS + main + REPORTING_MAIN[script], tmp_path / script.name)
+    copy = replace_call(script, *MAIN[script], tmp_path / script.name)
+    put_before(copy, is_main, REPORT_THREADS, copy)
     flags = ("--data-dir", data, "--out", tmp_path / "out", "--lr", lr, "--epochs", 50, "--device", "cpu")
     return start_ranks(2, copy, *flags, **options)
 
@@ -54,11 +51,12 @@ def gloo_threads(script, data, tmp_path, lr=1, codes=(0,), package=None):
     return [sorted(name for name in names if "gloo" in name) for names in said]
 
 
-@pytest.mark.parametrize("script", [DDP, RESILIENT], ids=["ddp", "resilient"])
+@pytest.mark.parametrize("script", [DDP, pytest.param(RESILIENT, marks=pytest.mark.slow)], ids=["ddp", "resilient"])
 def test_no_gloo_thread_is_left(script, small, tmp_path):
     assert gloo_threads(script, small, tmp_path) == [[], []]
 
 
+@pytest.mark.slow
 def test_no_gloo_thread_is_left_by_a_mistake_in_training(script, small, tmp_path):
     """An exception on its way out holds the frames, and so the model, of the functions that it passes."""
     assert gloo_threads(script, small, tmp_path, lr=9e37, codes=(2,)) == [[], []]
@@ -81,35 +79,3 @@ def test_they_are_left_without_the_early_import(script, small, tmp_path):
     codes = (0, -signal.SIGABRT)  # now and then such a thread aborts its rank: that is the defect
     names = gloo_threads(script, small, tmp_path, codes=codes, package=package.parent)
     assert all("pt_gloo_runloop" in rank for rank in names)
-
-
-class Ending:
-    """Stands for a forked rank of chapter 4's launcher: it ends after this has looked at it a number of times."""
-
-    def __init__(self, ends_after: int, target, args):
-        self.sentinel, self.folder, self.ends_after = object(), args[0], ends_after
-
-    def start(self):
-        for name in ("out", "errors"):
-            Path(self.folder, name).touch()
-
-    @property
-    def exitcode(self):
-        self.ends_after -= 1
-        return None if self.ends_after >= 0 else 0
-
-    def terminate(self):
-        pass
-
-    join = terminate
-
-
-@pytest.mark.parametrize("ends_after", range(6))
-def test_chapter_4s_launcher_sees_a_rank_end_whenever_it_does(ends_after, monkeypatch):
-    """Also between two looks: it waited for nothing then, and so for ever."""
-    module = types.ModuleType("quick_ranks")
-    exec(notebook.written_file(NOTEBOOKS / "04_train_with_ddp.ipynb", "quick_ranks.py"), module.__dict__)
-    waited_for = []
-    monkeypatch.setattr(module, "server", types.SimpleNamespace(Process=partial(Ending, ends_after)))
-    monkeypatch.setattr(module, "wait", waited_for.append)
-    assert module.launch(2, "script.py") == "" and all(waited_for)

@@ -1,4 +1,4 @@
-"""The web site, as a reader has it: built from the stored outputs, every page opened in Chromium on a laptop and a phone.
+"""The web site, as a reader has it: built from the stored outputs, every page opened on a laptop and on a phone.
 
 SITE_SCREENSHOTS=DIR keeps a picture of every page.
 """
@@ -15,7 +15,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.test_browser import NOTEBOOKS, browser, console_errors  # noqa: F401  # a fixture is used by its name
+from tests.chromium import IS_BLANK, console_errors
+from tests.test_notebooks import NOTEBOOKS
 
 pytestmark = pytest.mark.slow
 
@@ -27,22 +28,14 @@ WINDOWS = {"laptop": {"width": 1280, "height": 800}, "phone": {"width": 390, "he
 
 # What is wrong with a page, as it is laid out.
 LOOK = r"""async () => {
+    const isBlank = IS_BLANK;
     const problems = [], width = document.documentElement.clientWidth;
     const tell = (what, elements) => elements.forEach(e => problems.push(`${what}: ${e.outerHTML.slice(0, 150)}`));
     const right = e => e.getBoundingClientRect().right;
 
     const images = [...document.querySelectorAll('img')], blank = [];
-    for (const image of images) {
-        const canvas = new OffscreenCanvas(100, 100).getContext('2d');
-        try {
-            await image.decode();
-            canvas.drawImage(image, 0, 0, 100, 100);
-            const pixels = new Uint32Array(canvas.getImageData(0, 0, 100, 100).data.buffer);
-            if (!image.getBoundingClientRect().width || pixels.every(p => p === pixels[0])) blank.push(image);
-        } catch {
-            blank.push(image);
-        }
-    }
+    for (const image of images)
+        if (await isBlank(image)) blank.push(image);
     tell('nothing is painted', blank);
     tell('no text alternative', images.filter(i => !i.alt.trim() || i.alt.endsWith('.png')));
     tell('wider than the page', images.filter(i => right(i) > width + 1));
@@ -59,7 +52,7 @@ LOOK = r"""async () => {
     tell('not laid out', [...prose.querySelectorAll('p, li, td')].filter(e => raw.test(e.innerText)));
     tell('a formula has no size', [...document.querySelectorAll('math')].filter(e => !e.getBoundingClientRect().width));
     return problems;
-}"""
+}""".replace("IS_BLANK", IS_BLANK)
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +71,21 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(params=WINDOWS)
-def page(browser, request):  # noqa: F811
-    page = browser.new_page(viewport=WINDOWS[request.param])
-    page.set_default_timeout(120_000)  # milliseconds, for a hang
-    yield page
-    page.close()
+def window(browser, request):
+    window = browser.new_context(viewport=WINDOWS[request.param])
+    window.set_default_timeout(120_000)  # milliseconds, for a hang
+    yield window
+    window.close()
 
 
-def problems(page, address: str, name: str) -> list[str]:
+@pytest.fixture
+def page(window):
+    return window.new_page()
+
+
+def problems(window, address: str, name: str) -> list[str]:
     """Open the page `name` and say what is wrong with it."""
-    asked = []
+    page, asked = window.new_page(), []  # a page that has been used may still say something of the one before
     page.on("request", lambda request: asked.append(request.url))
     with console_errors(page) as said:
         page.goto(f"{address}/{name}")
@@ -96,13 +94,14 @@ def problems(page, address: str, name: str) -> list[str]:
     if "SITE_SCREENSHOTS" in os.environ:
         picture = f"{name.removesuffix('.html').replace('/', '-')}-{page.viewport_size['width']}.png"
         page.screenshot(path=Path(os.environ["SITE_SCREENSHOTS"]) / picture, full_page=True)
+    page.close()
     found += [f"asks another host: {url}" for url in asked if not url.startswith((f"{address}/", "data:"))]
     return found + [f"the console: {text}" for text in said]
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_page(site, page, name):
-    assert problems(page, site[1], name) == []
+def test_pages(site, window):
+    found = {name: problems(window, site[1], name) for name in PAGES}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
 def test_there_is_no_other_page(site):
@@ -156,25 +155,32 @@ def test_the_ring_moves(site, page):
 WHITE = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"
 
 
-@pytest.mark.parametrize(
-    "body, expected",
-    [
-        ("<img src=missing.png alt=x>", ["nothing is painted", "the console: Failed to load"]),
-        (f'<img src="{WHITE}">', ["nothing is painted", "no text alternative"]),
-        ("<hr style=width:2000px>", ["wider than the page: <hr", "the page scrolls sideways"]),
-        ("<div style=overflow:hidden><hr style=width:2000px></div>", ["wider than the page: <hr"]),
-        ("<p>$$x$$ and <code>$HOME</code></p><p>|a|\n|-|</p>", ["not laid out: <p>$$", "not laid out: <p>|a|"]),
-        ("<script>throw Error('it broke')</script>", ["the console: it broke"]),
-        ("<script src=http://localhost:9/x.js></script>", ["asks another host", "the console: Failed to load"]),
-        ("<pre style=overflow:auto><hr style=width:2000px></pre><math><mi>x</mi></math><code>$$</code>", []),
-    ],
-    ids=["missing", "blank", "wide", "cut", "raw", "console", "network", "good"],
-)
-def test_what_is_wrong_is_seen(site, page, request, body, expected):
-    name = f"planted-{request.node.callspec.id}.html"
-    planted = site[0] / name
-    planted.write_text(f"<!doctype html><link rel=icon href=data:,><article>{body}</article>")
-    seen = problems(page, site[1], name)
-    planted.unlink()
-    assert len(seen) == len(expected), seen
-    assert all(text.startswith(what) for text, what in zip(seen, expected, strict=True)), seen
+PLANTED = {  # what stands on a page, and how what is found begins
+    "missing": ("<img src=missing.png alt=x>", ["nothing is painted", "the console: Failed to load"]),
+    "blank": (f'<img src="{WHITE}">', ["nothing is painted", "no text alternative"]),
+    "wide": ("<hr style=width:2000px>", ["wider than the page: <hr", "the page scrolls sideways"]),
+    "cut": ("<div style=overflow:hidden><hr style=width:2000px></div>", ["wider than the page: <hr"]),
+    "raw": (
+        "<p>$$x$$ and <code>$HOME</code></p><p>|a|\n|-|</p>",
+        ["not laid out: <p>$$", "not laid out: <p>|a|"],
+    ),
+    "console": ("<script>throw Error('it broke')</script>", ["the console: it broke"]),
+    "network": (
+        "<script src=http://localhost:9/x.js></script>",
+        ["asks another host", "the console: Failed to load"],
+    ),
+    "good": (
+        "<pre style=overflow:auto><hr style=width:2000px></pre><math><mi>x</mi></math><code>$$</code>",
+        [],
+    ),
+}
+
+
+def test_what_is_wrong_is_seen(site, window):
+    for name, (body, expected) in PLANTED.items():
+        planted = site[0] / f"planted-{name}.html"
+        planted.write_text(f"<!doctype html><link rel=icon href=data:,><article>{body}</article>")
+        seen = problems(window, site[1], planted.name)
+        planted.unlink()
+        assert len(seen) == len(expected), (name, seen)
+        assert all(text.startswith(what) for text, what in zip(seen, expected, strict=True)), (name, seen)

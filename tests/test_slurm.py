@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests import slurm_cluster
-from tests.ranks import HANG, RESILIENT, assert_equal, changed, result, train
+from tests.ranks import RESILIENT, assert_equal, changed, patience, result, train
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,7 +45,7 @@ def ended(cluster, job):
         known = cluster.job(job)
         return known["JobState"] not in ("PENDING", "RUNNING", "COMPLETING") and known
 
-    known = cluster.until(over, f"job {job} has not ended", HANG)
+    known = cluster.until(over, f"job {job} has not ended", patience())
     with open(known["StdOut"]) as log:
         return known, log.read()
 
@@ -71,16 +71,29 @@ def test_two_nodes_of_two_ranks_end_as_four_ranks_on_one_machine(file, cluster, 
     assert_equal(result(folder / f"runs/job_{job}"), expected)
 
 
+def test_a_later_job_goes_on_in_the_folder_that_its_flags_name(cluster, folder, expected):
+    """By the short script. Of two --out the last one counts; without --resume the second job would begin at epoch 1."""
+    first = cluster.submit("ddp_short.sbatch", *FLAGS, "--epochs", 30, folder=folder)
+    assert_completed(cluster, first)
+    out = f"runs/job_{first}"
+    second = cluster.submit("ddp_short.sbatch", *FLAGS, "--resume", "--out", out, folder=folder)
+    known, log = ended(cluster, second)
+    assert (known["JobState"], known["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert f"{out}/checkpoint.pt: going on after epoch 30" in log and epochs(folder / out) == list(range(1, 61)), log
+    assert not (folder / f"runs/job_{second}").exists()
+    assert_equal(result(folder / out), expected)
+
+
 def test_a_job_that_makes_room_and_whose_time_is_up_then_goes_on_to_the_same_weights(cluster, folder, expected):
     """The first within its time of grace, in which the ranks are asked and the script is not; then by its trap."""
     job = cluster.submit("ddp_job.sbatch", *FLAGS, folder=folder)
     out = folder / f"runs/job_{job}"
-    cluster.until(lambda: epochs(out), "no epoch", HANG)
+    cluster.until(lambda: epochs(out), "no epoch", patience())
     urgent = ("--partition=urgent", "--nodes=2", "--output=urgent.log")
     urgent = cluster.submit(*urgent, "--wrap", f"wc -l < {out}/history.jsonl", folder=folder)
     known, before = ended(cluster, urgent)
     assert known["JobState"] == "COMPLETED" and 1 <= int(before) < 60, before
-    cluster.until(lambda: len(epochs(out)) > int(before), "does not go on", HANG)
+    cluster.until(lambda: len(epochs(out)) > int(before), "does not go on", patience())
     assert cluster.job(job)["JobState"] == "RUNNING"
     cluster.ask("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 does
     log = assert_completed(cluster, job, starts=3)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import time
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,17 @@ from torch.nn.functional import nll_loss
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ddp_tutorial.data import NpyDataset, load_splits
-from ddp_tutorial.model import SimpleModel, Standardize
+from ddp_tutorial.model import ScaleInputs, SimpleModel
 
 MOMENTUM = 0.9
+
+
+class DatasetKind(StrEnum):
+    """How a program reads the data; the values are those of --dataset."""
+
+    PER_SAMPLE = "per-sample"  # two tensors for each sample
+    TENSOR = "tensor"  # a TensorDataset: an index for each sample
+    GATHER = "gather"  # the scripts' Dataset: a gather for each batch
 
 
 class PerSampleDataset(Dataset):
@@ -33,6 +42,7 @@ class PerSampleDataset(Dataset):
 
 
 def parse_args() -> argparse.Namespace:
+    """The flags that all peers share."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="the folder of history.jsonl")
@@ -41,16 +51,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of all but the hand-written programs")
-    parser.add_argument("--dataset", choices=("per-sample", "tensor", "gather"), default="per-sample")
+    parser.add_argument("--dataset", choices=list(DatasetKind), default=DatasetKind.PER_SAMPLE)
     return parser.parse_args()
 
 
 def datasets(args: argparse.Namespace) -> tuple[list[Dataset], dict]:
     """The training and the validation set of the kind that is asked for, and what their loaders need."""
     paths = [(args.data_dir / f"X_{split}.npy", args.data_dir / f"y_{split}.npy") for split in ("train", "val")]
-    if args.dataset == "gather":
+    if args.dataset == DatasetKind.GATHER:
         return [NpyDataset(*pair) for pair in paths], {"collate_fn": NpyDataset.collate}
-    if args.dataset == "tensor":
+    if args.dataset == DatasetKind.TENSOR:
         return [TensorDataset(*(torch.from_numpy(np.load(path)) for path in pair)) for pair in paths], {}
     return [PerSampleDataset(*pair) for pair in paths], {}
 
@@ -67,7 +77,7 @@ def new_model(args: argparse.Namespace) -> nn.Module:
     train_set, _ = load_splits(args.data_dir)
     torch.manual_seed(args.seed)
     return nn.Sequential(
-        Standardize(train_set.mean, train_set.std), SimpleModel(train_set.n_features, train_set.n_classes)
+        ScaleInputs(train_set.mean, train_set.std), SimpleModel(train_set.n_features, train_set.n_classes)
     )
 
 

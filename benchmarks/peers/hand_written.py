@@ -1,6 +1,8 @@
 """A DDP script as public tutorials write it; `--dataset tensor` is the same with a TensorDataset."""
 
 import os
+from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from benchmarks.peers import MOMENTUM, History, datasets, new_model, parse_args, sums_of
 
 
-def train(args, rank: int, world_size: int) -> None:
+def train(args: Namespace, rank: int, world_size: int) -> None:
+    """All epochs, with the validation after each, on this rank."""
     (train_set, val_set), options = datasets(args)
     train_sampler = DistributedSampler(train_set, world_size, rank, seed=args.seed, drop_last=True)
     val_sampler = range(rank, len(val_set), world_size)
@@ -43,7 +46,7 @@ def train(args, rank: int, world_size: int) -> None:
     history.write()
 
 
-def run(train) -> None:
+def run(train: Callable[[Namespace, int, int], None]) -> None:
     """`train` with the flags, the rank and the number of ranks; on several ranks between the group's start and end."""
     args = parse_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,5 +1,7 @@
 """The limit: everything in memory (or on the GPU), a loop over indices, no DataLoader, no checks."""
 
+from argparse import Namespace
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -10,7 +12,8 @@ from benchmarks.peers import MOMENTUM, History, new_model, sums_of
 from benchmarks.peers.hand_written import run
 
 
-def train(args, rank: int, world_size: int) -> None:
+def train(args: Namespace, rank: int, world_size: int) -> None:
+    """All epochs, with the validation after each, on this rank."""
     names = ("X_train", "y_train", "X_val", "y_val")
     X, y, X_val, y_val = (torch.from_numpy(np.load(args.data_dir / f"{name}.npy")).to(args.device) for name in names)
     X_val, y_val = X_val[rank::world_size], y_val[rank::world_size]

@@ -10,6 +10,7 @@ from benchmarks.peers import MOMENTUM, History, loaders, new_model, parse_args, 
 
 
 def train(args, accelerator: Accelerator) -> None:
+    """All epochs, with the validation after each; what this makes is gone when it returns."""
     train_loader, val_loader = loaders(args, args.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
     model = new_model(args)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=MOMENTUM)
@@ -33,6 +34,7 @@ def train(args, accelerator: Accelerator) -> None:
 
 
 def main() -> None:
+    """Train as the flags say."""
     args = parse_args()
     accelerator = Accelerator(cpu=args.device == "cpu")
     train(args, accelerator)

@@ -10,6 +10,7 @@ from benchmarks.peers import MOMENTUM, History, loaders, new_model, parse_args, 
 
 
 def main() -> None:
+    """Train as the flags say."""
     args = parse_args()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     fabric = Fabric(accelerator=args.device, devices=world_size, strategy="ddp" if world_size > 1 else "auto")

@@ -12,6 +12,8 @@ from benchmarks.peers import MOMENTUM, History, loaders, new_model, parse_args, 
 
 
 class Module(LightningModule):
+    """The model, and what Lightning's own loop does with it."""
+
     def __init__(self, model, lr: float, history: History):
         super().__init__()
         self.model, self.lr, self.history = model, lr, history
@@ -38,6 +40,7 @@ class Module(LightningModule):
 
 
 def main() -> None:
+    """Train as the flags say."""
     args = parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")  # its advice to use workers, which are slower here

@@ -1,9 +1,10 @@
 """Checkpoints that are whole, and are known to be."""
 
+import copy
 import hashlib
 import io
+import operator
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddp_tutorial.console import UserError, reason, say
+from ddp_tutorial.console import UserError, announce, reason, warn
 from ddp_tutorial.files import check_regular, write_atomically
+from ddp_tutorial.history import HISTORY
 
 CHECKSUM = hashlib.sha256  # torch.load does not look at the checksums that its zip archive has
 CHECKSUM_SIZE = CHECKSUM().digest_size  # bytes, at the end of the file, which torch.load overlooks
 NO_SUMS = torch.zeros(2, dtype=torch.float64)  # of an epoch that has not begun
 UNNAMED = "none"  # torchrun's own word for a launch without a name
+LR, NEW_LR = "--lr", "--new-lr"  # what a resumed run may change on purpose, and the flag that says so
 
 
 class CheckpointError(UserError):
@@ -34,14 +37,29 @@ def previous(path: Path) -> Path:
     return path.with_suffix(".previous" + path.suffix)
 
 
+def earlier(path: Path) -> Path:
+    """What a file of an earlier run is renamed to."""
+    return path.with_suffix(".earlier" + path.suffix)
+
+
 def set_aside(path: Path) -> None:
-    """Rename an earlier run's checkpoint, so that `read` does not find it. Raises `CheckpointError`."""
+    """Rename an earlier run's checkpoint, so that `read` does not find it, and the history beside it; say so.
+
+    Renamed back, the two can be resumed. Raises `CheckpointError`.
+    """
+    checkpoints = [file for file in (previous(path), path) if file.exists()]  # the newest comes last, and stays
+    if not checkpoints:
+        return
+    history = path.with_name(HISTORY)
+    renamed = [(history, earlier(history))] * history.exists()  # first: if killed in between, the next start goes on
+    renamed += [(file, earlier(path)) for file in checkpoints]
     try:
-        for file in (previous(path), path):  # the newest comes last, and stays
-            if file.exists():
-                os.replace(file, path.with_suffix(".earlier" + path.suffix))
+        for file, kept in renamed:
+            os.replace(file, kept)
     except OSError as error:
         raise CheckpointError(f"{file}: {reason(error)}: move it, or name another --out") from None
+    names = " and ".join(dict.fromkeys(kept.name for _, kept in renamed))
+    announce(f"{path.parent}: an earlier run is kept as {names}: to --resume it, rename them back")
 
 
 def save(
@@ -79,41 +97,6 @@ def describe(model: nn.Module, optimizer: Optimizer, settings: dict | None) -> d
     return (settings or {}) | shapes | {"optimizer": type(optimizer).__name__}
 
 
-def outline(value):
-    """The types and shapes in nested dictionaries and lists."""
-    if isinstance(value, dict):
-        return {key: outline(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [outline(inner) for inner in value]
-    if isinstance(value, Tensor):
-        has_all = value.untyped_storage().nbytes() >= value.nbytes  # an expanded one has not
-        return tuple(value.shape), value.dtype, value.layout, value.is_meta, has_all
-    return type(value)
-
-
-def check_state(state: dict, model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise `ValueError` unless a `state` is one that `save` writes for such a model and such an optimizer."""
-    epoch, sums = state["epoch"], state["sums"]
-    if type(epoch) is not int or epoch < 0:
-        raise ValueError(f"its epoch is {epoch!r}")
-    if outline(sums) != outline(NO_SUMS) or not sums.isfinite().all() or not 0 <= sums[1] < 2**53:
-        raise ValueError("its sums are not those of an epoch")
-    if outline(state["model"]) != outline(model.state_dict()):
-        raise ValueError("its weights are of other types")
-    groups, values_of = map(dict(state["optimizer"]).get, ("param_groups", "state"))
-    if any(not 0 < group["lr"] < 1e38 for group in groups):  # a schedule may have changed it
-        raise ValueError("its learning rate is out of range")
-    mine = optimizer.state_dict()["param_groups"]
-    was, now = ([dict(group) | {"lr": type(group["lr"])} for group in those] for those in (groups, mine))
-    if was != now:
-        raise ValueError("its optimizer has other options")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for i, values in values_of.items():
-        weight = parameters[i].data
-        if outline(values.get("momentum_buffer", weight)) != outline(weight):  # SGD's; what others keep varies
-            raise ValueError("its optimizer is in another state")
-
-
 def read(path: Path) -> tuple[Path, dict] | None:
     """The newest whole checkpoint, `path` or `previous(path)`: its file and its state; None if there is neither.
 
@@ -137,7 +120,7 @@ def read(path: Path) -> tuple[Path, dict] | None:
             damage = damage or f"{file}: damaged ({reason(error)})"
         else:
             if damage:
-                say(f"{damage}: {file.name} is whole", file=sys.stderr)
+                warn(f"{damage}: {file.name} is whole")
             return file, state
     if damage:
         raise CheckpointError(f"{damage}: put a copy back, or start without --resume")
@@ -147,8 +130,8 @@ def read(path: Path) -> tuple[Path, dict] | None:
 def find(path: Path, resume: bool, restarted: bool) -> tuple[Path, dict] | None:
     """What a run at `path` goes on from: what `read` finds, if it shall `resume` or the same launch has saved it.
 
-    Else None, and an earlier run's checkpoint gets another name: no restart goes on from it. A launch may have no name:
-    then only a `restarted` group goes on unasked. Raises `CheckpointError`, also if there is nothing to `resume`.
+    Else None: what is there is an earlier run's, for `set_aside`. A launch may have no name: then only a `restarted`
+    group goes on unasked. Raises `CheckpointError`, also if there is nothing to `resume`.
     """
     try:
         found = read(path)
@@ -159,34 +142,63 @@ def find(path: Path, resume: bool, restarted: bool) -> tuple[Path, dict] | None:
     if resume and found is None:
         raise CheckpointError(f"{path}: there is no checkpoint to resume: start without --resume")
     of_this_launch = found and found[1]["launch"] == launch() and (restarted or launch() != UNNAMED)
-    return found if resume or of_this_launch else set_aside(path)
+    return found if resume or of_this_launch else None
 
 
 def restore(
-    found: tuple[Path, dict] | None, model: nn.Module, optimizer: Optimizer, settings: dict | None = None
+    found: tuple[Path, dict] | None,
+    model: nn.Module,
+    optimizer: Optimizer,
+    settings: dict | None = None,
+    keep_lr: bool = False,
 ) -> tuple[int, Tensor]:
     """Put a state that `find` or `read` has found, if any, into `model`, `optimizer` and torch's random numbers.
 
-    Returns `epoch` and `sums`, as `save` got them. Raises `CheckpointError` if settings, model or optimizer differ.
+    With `keep_lr` the optimizer keeps its learning rates: they may be others than those of the checkpoint. Returns
+    `epoch` and `sums`, as `save` got them. Raises `CheckpointError` if settings, model or optimizer differ.
     """
     if found is None:
         return 0, NO_SUMS
     file, state = found
     try:
         was, now = state["settings"], describe(model, optimizer, settings)
-        differs = [f"{key} {was.get(key)}, not {now.get(key)}" for key in now | was if was.get(key) != now.get(key)]
+        differing = [key for key in now | was if was.get(key) != now.get(key) and not (keep_lr and key == LR)]
+        differs = [f"{key} {was.get(key)}, not {now.get(key)}" for key in differing]
         if not differs:
-            with warnings.catch_warnings(action="ignore"):
-                check_state(state, model, optimizer)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            epoch, sums = state["epoch"], state["sums"]
-            say(f"{file}: going on after epoch {epoch}" + f" and {sums[1]:,.0f} samples" * bool(sums[1]))
-            return epoch, sums
-    except Exception as error:  # a whole file of something else
-        differs = [f"something else ({reason(error)})"]
-    raise CheckpointError(f"{file}: made with {differs[0]}: resume with the same, or start without --resume")
+            return put_back(file, state, model, optimizer, keep_lr)
+    except Exception as error:  # a whole file of something else: torch raises many kinds
+        differing, differs = [], [f"something else ({reason(error)})"]
+    on_purpose = f", add {NEW_LR} if it is meant" * (differing[:1] == [LR])
+    remedy = f"resume with the same{on_purpose}, or start without --resume"
+    raise CheckpointError(f"{file}: made with {differs[0]}: {remedy}")
+
+
+def put_back(
+    file: Path, state: dict, model: nn.Module, optimizer: Optimizer, keep_lr: bool = False
+) -> tuple[int, Tensor]:
+    """Load a `state` of `save`; raises whatever torch does where model or optimizer cannot take it."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    with warnings.catch_warnings(action="ignore"):  # torch's, about tensors of other kinds than ours
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(optimizer.param_groups, rates if keep_lr else (), strict=keep_lr):
+            group["lr"] = rate
+        try_step(optimizer)
+        torch.set_rng_state(state["rng"])
+        epoch, sums = operator.index(state["epoch"]), NO_SUMS.clone().copy_(state["sums"])
+    if epoch < 0 or not 0 <= sums[1] < 2**53:
+        raise ValueError("no epoch has such a number, or so many samples")
+    announce(f"{file}: going on after epoch {epoch}" + f" and {sums[1]:,.0f} samples" * bool(sums[1]))
+    return epoch, sums
+
+
+def try_step(optimizer: Optimizer) -> None:
+    """A step of a copy, of weights too, without gradients: torch looks at a loaded state only in the next step."""
+    twin = copy.deepcopy(optimizer)
+    for group in twin.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    twin.step()
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer, settings: dict | None = None) -> tuple[int, Tensor]:

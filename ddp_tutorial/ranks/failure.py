@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from ddp_tutorial.console import UserError, is_first_rank, report
+from ddp_tutorial import process
+from ddp_tutorial.console import UserError, report
 from ddp_tutorial.ranks import exchange
 
 
@@ -42,7 +43,7 @@ def report_errors(function: Callable) -> Callable:
             return function(*args)
         except UserError as mistake:
             traceback.clear_frames(mistake.__traceback__)  # they hold the model, and the model holds the group
-            if is_first_rank():
+            if process.is_first_rank():  # it speaks for all, as `process.AGREED` says
                 report(mistake)
             if dist.is_initialized():  # torchrun terminates the others once one has left,
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # but each is to leave with this code,
@@ -50,8 +51,8 @@ def report_errors(function: Callable) -> Callable:
             sys.exit(mistake.code)
         except Exception as error:
             traceback.clear_frames(error.__traceback__)
-            if dist.is_initialized():  # if my connections close now, all others fail too,
-                time.sleep(1)  # and torchrun, which compares whole seconds, may name one of them as the first
+            if dist.is_initialized():
+                time.sleep(process.FAILURE.first_waits)
             raise
 
     return run

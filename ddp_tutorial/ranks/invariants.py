@@ -1,4 +1,8 @@
-"""Checks for a training script. All ranks make a check at the same place, and all raise `AssertionError`, or none."""
+"""Checks for a training script. All ranks make a check at the same place, and all raise `AssertionError`, or none.
+
+A check is a collective: between ranks that are out of step it meets another call, and finds nothing. So the check of
+the step stands at every exchange, and the others may stand at some of them.
+"""
 
 import hashlib
 from collections.abc import Iterable

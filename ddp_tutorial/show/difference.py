@@ -25,7 +25,7 @@ def hunks(old: str | Path, new: str | Path) -> list[str]:
 def difference(old: str | Path, new: str | Path, *numbers: int) -> Markdown:
     """Those hunks, all or the ones with these `numbers` (from 1), as a cell's output.
 
-    GitHub colours them; in JupyterLab, and in greyscale, the signs say it. Raises `IndexError` for a hunk that is not there.
+    GitHub colours them; in JupyterLab, and in greyscale, the signs say it. Raises `IndexError` for a hunk too far.
     """
     found = hunks(old, new)
     parts = []

@@ -27,7 +27,7 @@ def use_style() -> None:
 
 
 def loss_curves(curves: Mapping[str, Sequence[float]], floors: Mapping[str, float], title: str) -> Figure:
-    """Losses (nats) against the epoch, from 1 on; `floors` has the loss of the true probabilities on the same samples."""
+    """Losses (nats) against the epoch, from 1; `floors` has the loss of the true probabilities on the same samples."""
     figure, ax = plt.subplots()
     for (label, losses), color, line in zip(curves.items(), COLORS, ("-", (0, (4, 1.5))), strict=False):
         ax.plot(range(1, len(losses) + 1), losses, color=color, ls=line, label=label)
@@ -70,7 +70,7 @@ def decision_regions(predict, x: np.ndarray, y: np.ndarray, title: str) -> Figur
 
 
 def dealt_samples(shares: Mapping[str, np.ndarray], per_step: int, title: str) -> Figure:
-    """For each label, such as "epoch 1", each rank's samples in its order, (ranks, samples); a frame is a step's batch."""
+    """For each label, say "epoch 1", each rank's samples in its order, (ranks, samples); a frame is a step's batch."""
     figure, axes = plt.subplots(len(shares), figsize=(8, 1.6 * len(shares)), sharex=True)
     for ax, (label, share) in zip(axes, shares.items(), strict=True):
         for (rank, i), sample in np.ndenumerate(share):
@@ -184,7 +184,7 @@ RING_COLORS = ("#e3e9f0", "#a9bbd0", "#6283a8", COLORS[0])  # a sum of one to fo
 
 
 def ring_strip(states: Sequence, title: str) -> Figure:
-    """Whose numbers are in each rank's chunks after each step: `states[step][rank][chunk]` is a set of ranks, of four."""
+    """Whose numbers are in each rank's chunks after each step: `states[step][rank][chunk]` is a set of four ranks."""
     figure, axes = plt.subplots(2, 4, figsize=(9, 4.7))
     for ax in axes.flat:
         ax.set(xlim=(-0.05, 4), ylim=(4, -0.05), xticks=[], yticks=[], aspect="equal")

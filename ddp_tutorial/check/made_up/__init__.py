@@ -1,0 +1,1 @@
+"""What a script asks for and this machine has not: GPUs, and data sets to download."""
