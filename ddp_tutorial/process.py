@@ -138,14 +138,19 @@ def per_rank_batch_size(batch_size: int, n_samples: int, world_size: int) -> int
     return batch_size // world_size
 
 
+def speak(ending: Ending, mistake: UserError | None) -> None:
+    """Say what the `mistake` is, if that is this process's part in the `ending`."""
+    if ending.speaker is Speaker.EACH or (is_first_rank() and ending.speaker is not Speaker.NOBODY):
+        report(mistake)
+
+
 def leave(ending: Ending, mistake: UserError | None = None) -> NoReturn:
     """End this process in that way: say what the `mistake` is if that is its part, wait, and leave."""
     code = mistake.code if mistake else ending.code
     first = is_first_rank()
     if by_torchrun() and threading.current_thread() is threading.main_thread():  # no other may set handlers
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))  # torchrun's, once another rank has left
-    if ending.speaker is Speaker.EACH or (first and ending.speaker is not Speaker.NOBODY):
-        report(mistake)
+    speak(ending, mistake)
     time.sleep(ending.first_waits if first else ending.others_wait)
     if ending.speaker is Speaker.FIRST_ELSE_OTHERS and not first:
         report(mistake)  # the first rank has not met it: its machine has other files

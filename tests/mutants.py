@@ -373,6 +373,13 @@ MUTANTS: dict[str, Mutant] = {
         TEST_BAD_INPUT + "fewer_nodes_than_torchrun_was_promised",
         "a node whose torchrun has missed the others trains alone",
     ),
+    "resilient-any-error-is-of-the-meeting": Mutant(
+        MEETING,
+        "or bool(no_connection)",
+        "or True",
+        TEST_MACHINES + "only_what_belongs_to_the_meeting_is_called_so",
+        "whatever is wrong, the line says that the ranks have not met",
+    ),
     "resilient-old-rate": Mutant(
         CHECKPOINT,
         "rates if keep_lr else ()",

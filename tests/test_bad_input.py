@@ -435,6 +435,14 @@ def test_ranks_with_other_data_end_together(case, script, small, tmp_path):
     assert f" on node {socket.gethostname()} (rank 2)" in ranks[0].stderr and not (tmp_path / "out").exists()
 
 
+def test_one_gpu_lacks_the_memory(small, tmp_path):
+    """The others must not wait for the rank that has refused."""
+    refuse = "if rank == 1: raise console.UserError('--data-on gpu: too little memory on cuda:1: use --data-on cpu')"
+    copy = put_before(RESILIENT, calls("move_data_to_gpu"), refuse, tmp_path / RESILIENT.name)
+    ranks = start_ranks(2, copy, "--data-dir", small, "--out", tmp_path / "out", "--timeout", 60)
+    assert_refused(ranks, "cuda:1", "--data-on cpu")
+
+
 def test_ranks_with_other_flags_end_together(script, small, tmp_path):
     copy = put_before(script, calls("train"), "args.epochs += rank", tmp_path / script.name)
     ranks = start_ranks(2, copy, "--data-dir", small, "--out", tmp_path / "out", "--epochs", 3)

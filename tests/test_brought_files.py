@@ -16,7 +16,7 @@ from ddp_tutorial import flags, npy, ranks
 from ddp_tutorial.data import DataError, NpyDataset, load_splits
 from ddp_tutorial.history import report_epoch
 from ddp_tutorial.model import ScaleInputs
-from tests.ranks import HANG, RESILIENT, environment, save_data, start_ranks, train
+from tests.ranks import RESILIENT, environment, patience, save_data, start_ranks, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,13 +116,13 @@ def test_blocks_are_bounded_and_cover_each_value_once(shape, scan_bytes, monkeyp
 
 
 def test_a_slow_order_is_said_once_with_the_line_that_mends_it(tmp_path, capsys):
-    X = np.random.default_rng(0).standard_normal((4096, 5)).astype(np.float32)
+    X = np.random.default_rng(0).standard_normal((4096, 20)).astype(np.float32)
     (line,) = said(splits(tmp_path, np.asfortranarray(X)), capsys)
     assert line.startswith(f"warning: {tmp_path}/X_train.npy: X is in Fortran order")
     mended = eval(line.rpartition(": save ")[2], {"np": np, "X": np.load(tmp_path / "X_train.npy")})
     assert said(splits(tmp_path, mended), capsys) == []
     assert said(splits(tmp_path, X.astype(float)), capsys) == []
-    assert said(splits(tmp_path, np.asfortranarray(X[:, :1])), capsys) == []  # one column has no order
+    assert said(splits(tmp_path, np.asfortranarray(X[:, :5])), capsys) == []  # it costs less than twice
 
 
 # Labels
@@ -336,7 +336,7 @@ def test_two_makers_of_data_at_once(tmp_path):
     """The second waits, and finds them; before, one of the two removed the other's unfinished files."""
     words = [sys.executable, "-m", "data_gen", "gaussian", "--out", str(tmp_path / "data"), "--n-train", "100000"]
     makers = [subprocess.Popen([*words, "--reuse"], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = [maker.communicate(timeout=HANG)[0] for maker in makers]
+    outputs = [maker.communicate(timeout=patience())[0] for maker in makers]
     assert [maker.returncode for maker in makers] == [0, 0, 0]
     assert sum("holds these data already" in output for output in outputs) == 2, outputs
 
@@ -371,13 +371,13 @@ def test_a_file_that_is_written_over_is_named_in_the_log(small, tmp_path):
         "train_set, _ = load_splits(sys.argv[1]); open(train_set.X_path, 'wb').close(); train_set.__getitems__([9])"
     )
     command = [sys.executable, "-c", program, str(small)]
-    done = subprocess.run(command, env=environment(str(tmp_path)), capture_output=True, text=True, timeout=HANG)
+    done = subprocess.run(command, env=environment(str(tmp_path)), capture_output=True, text=True, timeout=patience())
     assert done.returncode == -7 and "Bus error" in done.stderr and "in gather" in done.stderr, done
 
 
 def test_the_lines_for_dataframes(tmp_path, capsys, monkeypatch):
     """What the README says, of a training and of a validation set."""
-    pd = pytest.importorskip("pandas")
+    pd = pytest.importorskip("pandas", reason="pandas is not installed")
     lines = re.findall(r"`(np\.save\(.*?\))` \|", (ROOT / "README.md").read_text())
     assert len(lines) == 2
     monkeypatch.chdir(tmp_path)

@@ -92,7 +92,7 @@ def test_no_checkpoint(tmp_path):
         checkpoint.load(tmp_path / "checkpoint.pt", *pair())
 
 
-def test_a_new_run_sets_an_earlier_one_aside(saved):
+def test_a_new_run_sets_an_earlier_one_aside(saved, capsys):
     checkpoint.save(saved, *pair(), epoch=8)
     before = sorted(saved.parent.iterdir())
     assert checkpoint.find(saved, resume=False, restarted=False) is None
@@ -100,6 +100,11 @@ def test_a_new_run_sets_an_earlier_one_aside(saved):
     checkpoint.set_aside(saved)
     assert [path.name for path in saved.parent.iterdir()] == ["checkpoint.earlier.pt"]
     assert load(saved.with_suffix(".earlier.pt"), *pair()) == (8, 0, 0)
+    assert "in the place of one before" not in capsys.readouterr().out
+    checkpoint.save(saved, *pair(), epoch=1)
+    checkpoint.set_aside(saved)
+    assert load(saved.with_suffix(".earlier.pt"), *pair()) == (1, 0, 0)
+    assert "is kept as checkpoint.earlier.pt in the place of one before: to " in capsys.readouterr().out
 
 
 def test_code_in_a_checkpoint_does_not_run(saved, tmp_path):

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ddp_tutorial.history import read
 from ddp_tutorial.ranks import checkpoint
+from ddp_tutorial.ranks.run import Run
 from tests.chaos import KINDS
 from tests.edit import calls, is_class, is_main, put_before
 from tests.ranks import DDP, SINGLE, Launch, assert_equal, hundred_samples, losses, result, start_ranks, train
@@ -331,10 +333,30 @@ def test_slow_steps_are_asked_after_each(at, script, data, whole, tmp_path):
 
 def test_a_stop_that_takes_too_long_is_announced(at, data, tmp_path):
     slow_save = at("(epoch, i) == (2, 3)", "run.longest_save = 40.0")
-    (rank,) = start_ranks(0, slow_save, *paths(data, tmp_path / "out"), *FLAGS)
+    by_torchrun = {0: {"TORCHELASTIC_RUN_ID": "its own"}}
+    (rank,) = start_ranks(0, slow_save, *paths(data, tmp_path / "out"), *FLAGS, rank_env=by_torchrun)
     (line,) = [line for line in rank.stderr.splitlines() if "warning" in line and "guessing" not in line]
     assert "torchrun kills ranks 30 s after" in line and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=80" in line, rank
     assert rank.code == 0
+
+
+@pytest.mark.parametrize(
+    "version, set_to, run_id, said",
+    [
+        ("2.13.0", None, "1", "30 s after it was asked to: export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=80"),
+        ("2.13.0", "35", "1", "35 s after it was asked to: export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=80"),
+        ("2.13.0", "300", "1", ""),
+        ("2.11.0", "300", "1", "30 s after it was asked to: PyTorch 2.12 or newer"),
+        ("2.13.0", None, None, ""),  # nobody kills it
+    ],
+)
+def test_what_is_announced_is_so(version, set_to, run_id, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    for name, value in (("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", set_to), ("TORCHELASTIC_RUN_ID", run_id)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    Run._check_grace(SimpleNamespace(has_warned=False), 40.0)
+    warned = capsys.readouterr().err
+    assert said in warned and bool(said) == bool(warned)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -163,9 +163,14 @@ def test_a_rank_that_computes_slowly_is_named(monkeypatch):
     monkeypatch.setattr(network.dist, "get_backend", lambda: "gloo")
     rows = [(node, "2.13.0", taken, 1.0) for node, taken in (("a", 0.010), ("a", 0.011), ("bad", 0.030))]
     head, names, *lines, last = network.report({1: 0.5}, rows).splitlines()
+    assert [line.partition("GB/s")[2] for line in lines] == ["", ", on bad", ", on a"], "which speed is a cable's"
     assert head == "3 ranks, 2 host names, gloo; all-reduce of 1 MB at 0.500 GB/s" and len(lines) == 3
     assert last == "slow: rank 2 on bad computes 2.7 times as long as the median rank"
     assert "slow" not in network.report({1: 0.5}, rows[:2])
+    for n in (1, 4):  # ranks on each of two nodes
+        _, _, *lines = network.report({1: 0.5}, rows[:1] * n + rows[2:] * n).splitlines()
+        slow = [line for line in lines if line.startswith("slow: ")]
+        assert len(slow) == n and all("on bad computes 3.0 times as long" in line for line in slow)
 
 
 def test_the_table_has_a_row_for_each_rank(tmp_path):

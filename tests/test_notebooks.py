@@ -227,6 +227,36 @@ def test_code_cells_are_short():
     assert breaking(is_wrong, CHAPTERS) == []
 
 
+def is_folded(cell) -> bool:
+    """On the site and in JupyterLab."""
+    return "hide-input" in tags(cell) and cell.metadata.jupyter.source_hidden
+
+
+def test_a_long_cell_is_folded_or_one_of_the_three_scripts():
+    scripts = tuple(f"%%writefile {path.name}\n" for path in (SINGLE, DDP, RESILIENT))
+
+    def is_wrong(cell):
+        return cell.source.count("\n") >= 40 and not is_folded(cell) and not cell.source.startswith(scripts)
+
+    assert [source for source in breaking_cells(is_wrong) if not source.startswith("notebooks/solutions/")] == []
+
+
+def test_the_minutes_in_the_head_are_credible():
+    """150 words and 15 lines of code a minute: at least three quarters of that, and not much more than with all code
+    that is folded."""
+
+    def is_wrong(path):
+        words = sum(len(cell.source.split()) for cell in cells(path, "markdown"))
+        lines = {is_folded(cell): 0 for cell in cells(path)}
+        for cell in cells(path):
+            lines[is_folded(cell)] += len([line for line in cell.source.splitlines() if line.strip()])
+        said = int(re.search(r"\*\*Time:\*\* (\d+) minutes to read", read(path).cells[0].source)[1])
+        least = words / 150 + lines.get(False, 0) / 15
+        return not 0.75 * least <= said <= 1.25 * (least + lines.get(True, 0) / 15)
+
+    assert breaking(is_wrong, CHAPTERS) == []
+
+
 # In the log of pytest
 
 WORKER = """%%bash

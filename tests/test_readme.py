@@ -39,6 +39,15 @@ def clone(tmp_path_factory):
     return folder
 
 
+def test_outside_of_a_clone_the_first_command_makes_nothing(tmp_path):
+    """As after `pip install .`, which takes no notebooks along."""
+    for package in ("ddp_tutorial", "data_gen"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    done = run(f"{sys.executable} -m ddp_tutorial || [ $? = 2 ]", tmp_path)
+    assert done.returncode == 0 and "install the clone with 'pip install -e .'" in done.stderr, done
+    assert not (tmp_path / "runs").exists()
+
+
 def run(block: str, folder: Path) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name not in ("DDP_DATA_DIR", "RANK")}
     env |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}

@@ -144,6 +144,23 @@ def test_a_later_group_knows_that_it_is_one(tmp_path):
     assert [rank.code for rank in ranks] == [0, 0], ranks
 
 
+FAILING_GROUP = """
+import sys
+from argparse import Namespace
+from datetime import timedelta
+from ddp_tutorial import ranks
+with ranks.rendezvous(Namespace(timeout=timedelta(seconds=60), restarted=False)):
+    raise RuntimeError(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("error, code", [("no such device", 1), ("Connection refused", 2)])
+def test_only_what_belongs_to_the_meeting_is_called_so(error, code, tmp_path):
+    (tmp_path / "group.py").write_text(FAILING_GROUP)
+    (rank,) = start_ranks(1, tmp_path / "group.py", error)
+    assert rank.code == code and error in rank.stderr and ("did not meet" in rank.stderr) == (code == 2), rank
+
+
 # Agents
 
 

@@ -1,13 +1,28 @@
 """What a page says to those who cannot see its figures, and how it attacks a program."""
 
+import io
 import re
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+from PIL import Image
 
 from ddp_tutorial import launcher
 from ddp_tutorial.show import notebook
 from ddp_tutorial.show.attack import attack
+
+
+def test_a_small_red_star_stays_red():
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    axes[0].plot(range(9), color="#12355b")
+    axes[0].plot(3, 7, "*", ms=16, color="#d1495b", mec="black")
+    axes[1].imshow(np.sqrt(np.random.default_rng(0).random((32, 32))), cmap="Blues")
+    figure.savefig(png := io.BytesIO(), format="png")
+    plt.close(figure)
+    stored = Image.open(io.BytesIO(notebook.fewer_colors(png.getvalue(), 64))).convert("RGB")
+    assert np.abs(np.asarray(stored, int) - (209, 73, 91)).max(axis=2).min() < 25
+    assert stored.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_figure_is_told_by_its_titles():

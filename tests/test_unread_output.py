@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from ddp_tutorial import console
-from tests.ranks import DDP, HANG, RESILIENT, SINGLE, environment, result, start, start_ranks
+from tests.ranks import DDP, RESILIENT, SINGLE, environment, patience, result, start, start_ranks
 
 SLOW = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def test_streams_that_are_closed_from_the_start(script, small, tmp_path):
     """`2>&-` and `>&-`: the files that a run opens must not take their numbers."""
     out = tmp_path / "out"
     command = f"exec {sys.executable} {script} --data-dir {small} --out {out} --epochs 2 <&- >&- 2>&-"
-    done = subprocess.run(["bash", "-c", command], env=environment(str(tmp_path)), timeout=HANG)
+    done = subprocess.run(["bash", "-c", command], env=environment(str(tmp_path)), timeout=patience())
     assert done.returncode == 0
     assert len(result(out).history) == 2
 
@@ -84,7 +84,7 @@ def test_the_numbers_of_closed_streams_are_not_given_away():
     program = "import os; from ddp_tutorial import console; console.open_closed_streams(); n = os.open('/', 0);"
     program += "os._exit(n)"
     command = f'exec {sys.executable} -c "{program}" <&- >&- 2>&-'
-    assert subprocess.run(["bash", "-c", command], timeout=HANG).returncode > 2
+    assert subprocess.run(["bash", "-c", command], timeout=patience()).returncode > 2
 
 
 def test_a_terminal_that_closes(monkeypatch):
@@ -111,6 +111,6 @@ def test_torchrun(script, small, tmp_path):
     launch = f"{sys.executable} {program} --standalone --nproc-per-node=2 --nnodes=1 {script} {flags}"
     for how in ("| head -1", "2>&1 | true"):
         command = f"{launch} {how} > {os.devnull}; exit ${{PIPESTATUS[0]}}"
-        done = subprocess.run(["bash", "-c", command], env=environment(str(tmp_path)), timeout=HANG)
+        done = subprocess.run(["bash", "-c", command], env=environment(str(tmp_path)), timeout=patience())
         assert done.returncode == 0
         assert len(result(tmp_path / "unread").history) == 12

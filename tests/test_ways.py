@@ -10,7 +10,7 @@ import pytest
 from benchmarks import cli, network_probe
 from benchmarks.report import Spread
 from benchmarks.sections import network
-from benchmarks.sections.ways import PLAIN, WAYS, WayRow, row
+from benchmarks.sections.ways import PLAIN, TIMED, WARM_UP, WAYS, WayRow, batch_seconds, row
 
 ROOT = Path(__file__).parents[1]
 needs_links = pytest.mark.skipif(not network_probe.unshare_command(), reason=f"this needs {network.NEEDS}")
@@ -26,6 +26,12 @@ def test_the_model_adds_computing_starts_and_bytes():
     computed = row("Local-2", seeds, alone=0.010, alpha=0.020)
     assert computed.model_seconds == pytest.approx(10 * 0.010 + 5 * (3 * 0.020 + 0.100))
     assert computed.batches == (10, 8, 12) and computed.seconds == (5, 4, 6) and computed.bytes_per_batch == 625_000
+
+
+def test_exchanges_count_in_their_turn():
+    """The median batch of a way that exchanges every second time is one that sends nothing."""
+    runs = [{"seconds": [9.0] * WARM_UP + [0.0, exchange] * (TIMED // 2)} for exchange in (2.0, 4.0, 100.0)]
+    assert batch_seconds(runs) == 2.0
 
 
 def stored_rows(path: Path) -> dict[str, WayRow]:

@@ -25,7 +25,8 @@ from ddp_tutorial.launcher import run_ranks
 PLAIN = "Plain"
 WAYS = (PLAIN, "Accumulate-4", "Float16", "PowerSGD", "Local-4", "Local-16", "DiLoCo-16")
 RATE, MOST = 100, 400  # Mbit/s; batches
-WARM_UP = 4  # batches that are left out where a batch is timed: DDP orders its buckets, PowerSGD does not compress
+WARM_UP = 8  # batches that are left out where a batch is timed: DDP orders its buckets, PowerSGD does not compress
+TIMED = 32  # batches that are timed: two exchanges of those that exchange least
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class WayRow(Row):
     batches: Spread = column("batches to the loss")
     seconds: Spread = column("s to the loss")
     model_seconds: float = column("of the model, s")
+    start_milliseconds: float = column("start, ms")  # of an all-reduce: alpha
 
 
 def rows(plan: Plan) -> list[WayRow]:
@@ -50,8 +52,8 @@ def rows(plan: Plan) -> list[WayRow]:
     write_page(folder)
     n_seeds = 1 if plan.quick else 3
     alone = plan.measure("alone", measure_alone, folder)
-    free = plan.measure("no limit", measure, unshare, folder, 0, 1, (PLAIN,))[PLAIN][0]
-    alpha = max(0.0, statistics.median(free["seconds"][WARM_UP:]) - alone[PLAIN])
+    free = plan.measure("no limit", measure, unshare, folder, 0, n_seeds, (PLAIN,))[PLAIN]
+    alpha = max(0.0, batch_seconds(free) - alone[PLAIN])
     measured = plan.measure("limited", measure, unshare, folder, RATE, n_seeds, WAYS)
     return [row(way, runs, alone[way], alpha) for way, runs in measured.items()]
 
@@ -70,7 +72,13 @@ def row(way: str, runs: list[dict], alone: float, alpha: float) -> WayRow:
         batches=batches,
         seconds=Spread.of(round(sum(run["seconds"]), 2) for run in runs),
         model_seconds=round(predicted, 2),
+        start_milliseconds=round(1e3 * alpha, 2),
     )
+
+
+def batch_seconds(runs: list[dict]) -> float:
+    """What a batch takes on average, exchanges in their turn; of several runs the median."""
+    return statistics.median(statistics.fmean(run["seconds"][WARM_UP:]) for run in runs)
 
 
 def exchanges(run: dict) -> list[tuple[int, int]]:
@@ -96,10 +104,10 @@ def measure(unshare: list[str], folder: Path, rate: int, n_seeds: int, ways: tup
 
 def measure_alone(folder: Path) -> dict[str, float]:
     """Seconds of a batch on a group of one rank, of each way: computing, and the way's own work."""
-    (rank,) = run_ranks(1, ["train_by_ways.py", "digits", 40, 1, *WAYS], folder=folder, fork=False)
+    (rank,) = run_ranks(1, ["train_by_ways.py", "digits", WARM_UP + TIMED, 3, *WAYS], folder=folder, fork=False)
     if rank.code:
         raise RuntimeError(f"one rank alone left with {rank.code}:\n{rank.stderr}")
-    return {way: statistics.median(saved(folder, way, 1)[0]["seconds"][WARM_UP:]) for way in WAYS}
+    return {way: batch_seconds(saved(folder, way, 1)) for way in WAYS}
 
 
 def saved(folder: Path, way: str, n_ranks: int) -> list[dict]:

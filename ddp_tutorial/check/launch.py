@@ -53,6 +53,7 @@ class Trial:
     words: list[str] = field(default_factory=list)  # the last ones of each process
     logs: dict[int, list[dict]] = field(default_factory=dict)  # process id -> events
     stacks: dict[int, str] = field(default_factory=dict)  # process id -> where it stood
+    changed: list[str] = field(default_factory=list)  # files of the user's that are not as they were
 
 
 def source(path: Path) -> str:
@@ -85,6 +86,7 @@ def settings(plan: Plan, place: Place, meeting: dict[str, str]) -> str:
             "log": str(place.temporary / "log"),
             "package": str(PACKAGE),
             "user": sorted(folders),
+            "copy": str(place.temporary / "copy"),
             "batches": plan.batches,
             "gpu": plan.gpu,
             "data": plan.data,
@@ -188,7 +190,7 @@ def run(plan: Plan) -> Trial:
                 ask_for_stacks(read_logs(log))
         trial.codes = [process.returncode for process in processes]
         trial.seconds = time.monotonic() - began
-        trial.logs = read_logs(log)
+        trial.logs, trial.changed = read_logs(log), place.changed()
         trial.stacks = {int(path.stem): path.read_text() for path in log.glob("*.stack")}
         words = [log / f"{rank}.words" for rank in range(len(processes))]
         trial.words = [path.read_text(errors="replace")[-LAST_WORDS:] for path in words]

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from ddp_tutorial.check.launch import Plan, file_of_module, spawns_ranks
+from ddp_tutorial.check.scratch import MAX_ENTRIES
 from ddp_tutorial.console import UserError
 
 DESCRIPTION = """\
@@ -13,13 +14,17 @@ Check any DDP script: launch it, unchanged, on a few ranks, and say which rules 
   python -m ddp_tutorial.check train.py --epochs 3
   python -m ddp_tutorial.check -m package.train --epochs 3
 
-Options stand before the script. Its own arguments follow it; {rank} in them stands for the rank.
+Options stand before the script. Its own arguments follow it; {{rank}} in them stands for the rank.
 
 BROKEN   proven by what was seen       SUSPECT   likely, and may be meant      NOTE   worth knowing
 holds    was looked at, and held       not seen  the run gave no occasion: silence is no proof
 
-The script runs in a scratch copy of its folder. Long epochs end early (--batches). With made-up GPUs, a script that
-asks for CUDA and NCCL runs on the CPU with gloo. That cannot show NCCL itself, speed, memory, or rounding on a GPU.
+The script runs in a scratch copy of its folder, or of the current one if it is below that. A folder with more than
+{entries:,} files and folders is not copied: then what it writes there stays, and the report says so. What it writes
+elsewhere stays, too, and is listed.
+
+Long epochs end early (--batches). With made-up GPUs, a script that asks for CUDA and NCCL runs on the CPU with gloo.
+That cannot show NCCL itself, speed, memory, or rounding on a GPU.
 
 Exit code 0: nothing is broken; 1: something is; 2: the script cannot be checked.
 """
@@ -46,7 +51,7 @@ def at_least(low: float, kind: type):
 def parser() -> Parser:
     new = Parser(
         "python -m ddp_tutorial.check",
-        description=DESCRIPTION,
+        description=DESCRIPTION.format(entries=MAX_ENTRIES),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python -m ddp_tutorial.check [options] SCRIPT [ARGS]",

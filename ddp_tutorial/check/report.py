@@ -45,6 +45,16 @@ def head(examination: Examination) -> str:
     return f"{name} on {ranks} ({where_it_ran(trial.plan)}): {count}, {how_it_ended(trial)}, {trial.seconds:.0f} s"
 
 
+def where_it_wrote(trial: Trial) -> list[str]:
+    """A line where the ranks' current folder is the user's own."""
+    if trial.place.is_copy and trial.place.folder.is_relative_to(trial.place.temporary):
+        return []
+    if trial.place.is_copy:
+        return [f"in {trial.place.folder}, of which there is no copy: what it wrote there stays"]
+    why = "" if trial.plan.in_place else ", which has too many files for a copy"
+    return [f"in its own folder{why}: what it wrote stays"]
+
+
 def line_of(finding: Finding, trial: Trial) -> tuple[str, int, str] | None:
     """File as the user knows it, relative where that is shorter; line; its text."""
     if not finding.at:
@@ -95,7 +105,7 @@ def colored(line: str, use_colors: bool) -> str:
 def as_text(examination: Examination, use_colors: bool = False) -> str:
     """What a person reads."""
     trial, _, verdict = examination
-    lines = [head(examination), ""]
+    lines = [head(examination), *where_it_wrote(trial), ""]
     for level in LEVELS:
         for finding in verdict.findings:
             if finding.level == level:
@@ -127,6 +137,7 @@ def as_json(examination: Examination) -> str:
         "end": trial.end,
         "exit_codes": trial.codes,
         "seconds": round(trial.seconds, 1),
+        "in_copy": not where_it_wrote(trial),
         "broken": verdict.is_broken,
         "findings": findings,
         "holds": [{"rule": finding.rule, "seen": finding.seen} for finding in verdict.holds],

@@ -53,13 +53,14 @@ def set_aside(path: Path) -> None:
     history = path.with_name(HISTORY)
     renamed = [(history, earlier(history))] * history.exists()  # first: if killed in between, the next start goes on
     renamed += [(file, earlier(path)) for file in checkpoints]
+    before = " in the place of one before" if earlier(path).exists() else ""
     try:
         for file, kept in renamed:
             os.replace(file, kept)
     except OSError as error:
         raise CheckpointError(f"{file}: {reason(error)}: move it, or name another --out") from None
     names = " and ".join(dict.fromkeys(kept.name for _, kept in renamed))
-    announce(f"{path.parent}: an earlier run is kept as {names}: to --resume it, rename them back")
+    announce(f"{path.parent}: an earlier run is kept as {names}{before}: to --resume it, rename them back")
 
 
 def save(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ddp_tutorial import process
-from ddp_tutorial.console import UserError, report
+from ddp_tutorial.console import UserError
 from ddp_tutorial.ranks import exchange
 
 
@@ -43,8 +43,7 @@ def report_errors(function: Callable) -> Callable:
             return function(*args)
         except UserError as mistake:
             traceback.clear_frames(mistake.__traceback__)  # they hold the model, and the model holds the group
-            if process.is_first_rank():  # it speaks for all, as `process.AGREED` says
-                report(mistake)
+            process.speak(process.AGREED, mistake)
             if dist.is_initialized():  # torchrun terminates the others once one has left,
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # but each is to leave with this code,
                 dist.barrier()  # so no rank leaves before all are ready

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from statistics import median
+from statistics import median, median_low
 
 import torch
 import torch.distributed as dist
@@ -71,15 +71,20 @@ def send_speed(device: torch.device) -> float:
 
 
 def report(speeds: dict[int, float], rows: list[tuple]) -> str:
-    """A line on the all-reduces, by their megabytes; and a row for each rank: node, PyTorch, seconds, GB/s."""
+    """A line on the all-reduces, by their megabytes; and a row for each rank: node, PyTorch, seconds, GB/s.
+
+    Then one for each rank that is slow: beside the lower median, so that one of two nodes is found, too.
+    """
     nodes = len({node for node, *_ in rows})
     width = max(len("node"), *(len(node) for node, *_ in rows))
     sizes = "   ".join(f"{megabytes} MB at {speed:.3f} GB/s" for megabytes, speed in speeds.items())
     lines = [f"{len(rows)} ranks, {nodes} host name{'s' * (nodes > 1)}, {dist.get_backend()}; all-reduce of {sizes}"]
     lines += [f"rank  {'node':{width}}  PyTorch     compute    to the next rank"]
     for rank, (node, version, taken, speed) in enumerate(rows):
-        lines += [f"{rank:4}  {node:{width}}  {version:9} {1e3 * taken:7.1f} ms    {speed:6.3f} GB/s"]
-    usual = median(taken for _, _, taken, _ in rows)
+        following = rows[(rank + 1) % len(rows)][0]
+        over_the_network = f", on {following}" if following != node else ""
+        lines += [f"{rank:4}  {node:{width}}  {version:9} {1e3 * taken:7.1f} ms    {speed:6.3f} GB/s{over_the_network}"]
+    usual = median_low([taken for _, _, taken, _ in rows])
     for rank, (node, _, taken, _) in enumerate(rows):
         if taken > SLOW * usual:
             lines += [f"slow: rank {rank} on {node} computes {taken / usual:.1f} times as long as the median rank"]

@@ -18,7 +18,7 @@ from torch.utils.data import DistributedSampler
 from ddp_tutorial.console import UserError, announce, warn
 from ddp_tutorial.data import NpyDataset
 from ddp_tutorial.history import History, check_finite, report_epoch
-from ddp_tutorial.process import STANDING_STILL, is_first_rank, leave
+from ddp_tutorial.process import STANDING_STILL, by_torchrun, is_first_rank, leave
 from ddp_tutorial.ranks import checkpoint, exchange
 from ddp_tutorial.ranks.failure import fail_together
 
@@ -222,12 +222,15 @@ class Run:
         return bool(rows[:, 0].any())
 
     def _check_grace(self, seconds: float) -> None:
-        """Warn, once, if to stop takes longer than torchrun waits."""
-        grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE))
-        if seconds > grace and not self.has_warned:
+        """Warn, once, if to stop takes longer than torchrun waits, as far as a rank can know: not of its flags."""
+        can_wait = torch.__version__ >= (2, 12)  # an older torchrun does not know the variable
+        told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT") if can_wait else None
+        grace = float(told or GRACE)
+        if by_torchrun() and seconds > grace and not self.has_warned:
             self.has_warned = True
             what = f"to stop takes {seconds:.0f} s here, and torchrun kills ranks {grace:.0f} s after it was asked to"
-            warn(f"{what}: export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={2 * seconds:.0f} before it starts")
+            remedy = f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={2 * seconds:.0f} before it starts"
+            warn(f"{what}: {remedy if can_wait else 'PyTorch 2.12 or newer can be told to wait longer'}")
 
     def end_training(self, steps: Tensor) -> None:
         """Add up what `train_one_epoch` returns. Raises `Stopped`, after a save, if the ranks have agreed to stop."""

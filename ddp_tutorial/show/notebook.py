@@ -64,8 +64,13 @@ def written_file(path: Path, name: str) -> str:
 
 
 def fewer_colors(png: bytes, n: int) -> bytes:
-    """A picture in at most `n` colours, as a smaller file."""
-    picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(n, dither=Image.Dither.NONE)
+    """A picture in at most `n` colours, as a smaller file. What is small keeps its colour: a star, a red word."""
+    how = {"method": Image.Quantize.MAXCOVERAGE, "kmeans": 1, "dither": Image.Dither.NONE}
+    original = Image.open(io.BytesIO(png)).convert("RGB")
+    picture = original.quantize(n, **how)
+    palette, ground = picture.getpalette(), 3 * picture.getpixel((0, 0))
+    palette[ground : ground + 3] = original.getpixel((0, 0))  # or a white ground would take on a tinge
+    picture.putpalette(palette)
     picture.save(smaller := io.BytesIO(), "png", optimize=True)
     return smaller.getvalue()
 

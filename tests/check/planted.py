@@ -147,6 +147,17 @@ GPU = {
 }
 
 
+ONE_VISIBLE = GPU | {  # its own GPU has the number 0 in each process
+    "import os\n": 'import os\n\nos.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]\n',
+    '    dist.init_process_group("gloo")\n': '    dist.init_process_group("nccl")\n',
+    "DistributedDataParallel(model)\n": "DistributedDataParallel(model, device_ids=[0])\n",
+    "        for _step, (x, y) in enumerate(train_loader):\n": """\
+        for _step, (x, y) in enumerate(train_loader):
+            x, y = x.to(torch.cuda.device_count() - 1), y.cuda(non_blocking=True)
+""",
+}
+
+
 class Fault(NamedTuple):
     name: str
     level: str
@@ -193,6 +204,14 @@ FAULTS = [
         ".cuda()",
         {"    torch.cuda.set_device(rank)\n": "", "device_ids=[rank]": "device_ids=[0]", "x.to(rank)": "x.cuda()"},
         GPU,
+    ),
+    Fault(
+        "one_is_visible",
+        "BROKEN",
+        "each rank has its own GPU",
+        ".cuda()",
+        {'= os.environ["LOCAL_RANK"]': '= "0"'},
+        ONE_VISIBLE,
     ),
     Fault("group_left_open", "NOTE", "the group is left", None, {"    dist.destroy_process_group()\n": ""}),
     # model
@@ -317,6 +336,14 @@ FAULTS = [
         "gradients are clipped after the exchange",
         "clip_grad_norm_",
         {"            nn.utils.clip": "                nn.utils.clip"},
+        PIECES,
+    ),
+    Fault(
+        "cut_off_early",
+        "BROKEN",
+        "gradients are clipped after the exchange",
+        "clip_grad_value_",
+        {"            nn.utils.clip_grad_norm_": "                nn.utils.clip_grad_value_"},
         PIECES,
     ),
     Fault(
@@ -637,6 +664,7 @@ class Model""",
 ]
 FEATURES = {
     "GPU": GPU,
+    "ONE_VISIBLE": ONE_VISIBLE,
     "PIECES": PIECES,
     "SCALER": SCALER,
     "PLATEAU": PLATEAU,

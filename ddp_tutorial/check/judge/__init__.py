@@ -21,14 +21,19 @@ def causes(found: dict[str, list[Finding]]) -> dict[str, str]:
     """Rule -> the broken rule that explains why it is broken, too. The one that is asked first is the cause."""
     broken = [rule for rule in RULES if any(f.level == "BROKEN" for f in found[rule.name])]
     cause: dict[str, str] = {}
+
+    def first(name: str) -> str:
+        while name in cause:
+            name = cause[name]
+        return name
+
     for rule in broken:
-        above = rule.name
-        while above in cause:
-            above = cause[above]
-        for name in rule.explains:
+        above = first(rule.name)
+        explained = [name for finding in found[rule.name] for name in finding.explains]
+        for name in (*rule.explains, *explained):
             if name != above:
                 cause.setdefault(name, above)
-    return cause
+    return {name: first(name) for name in cause}
 
 
 def judge(evidence: Evidence) -> Verdict:

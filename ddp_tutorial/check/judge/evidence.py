@@ -28,7 +28,7 @@ class Evidence:
     def __init__(self, trial):
         self.plan, self.end, self.codes = trial.plan, trial.end, trial.codes
         self.world, self.logs, self.words = trial.plan.ranks, trial.logs, "\n".join(trial.words)
-        self.place = trial.place
+        self.place, self.changed = trial.place, trial.changed
         self.other_size: Evidence | None = None  # of the same script on one rank more, where that was launched
         pids = self._pids()
         self.pids = pids
@@ -235,6 +235,32 @@ class Evidence:
             for e in self.of(rank, "batch"):
                 samples[rank, e["loader"], e["epoch"]] += e["indices"] or e["rows"]
         return samples
+
+    @cached_property
+    def learned(self) -> dict[tuple[int, str, int], list[int]]:
+        """As `read`, of those batches that were trained on before the rank read the next one of the loader."""
+        samples = defaultdict(list)
+        for rank in range(self.n):
+            last: dict[str, Event] = {}
+            for e in self.ranks[rank]:
+                if e["kind"] == "batch":
+                    last[e["loader"]] = e
+                elif e["kind"] == "backward" or (e["kind"] == "forward" and e["grad"] and e["train"]):
+                    for batch in last.values():
+                        samples[rank, batch["loader"], batch["epoch"]] += batch["indices"] or batch["rows"]
+                    last.clear()
+        return samples
+
+    @cached_property
+    def first_step(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """Epoch -> (optimizer, number) of the first step that rank 0 takes in it."""
+        steps, epoch = {}, None
+        for e in self.ranks[0] if self.n else ():
+            if e["kind"] == "batch":
+                epoch = e["loader"], e["epoch"]
+            elif e["kind"] == "step" and epoch:
+                steps.setdefault(epoch, (e["optimizer"], e["n"]))
+        return steps
 
     def trains(self, loader: str) -> bool:
         return any(name == loader for name, _ in self.trained)

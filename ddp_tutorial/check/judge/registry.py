@@ -14,6 +14,7 @@ class Finding(NamedTuple):
     at: tuple[str, int] | None = None  # file, line
     fix: str = ""
     chapter: int | None = None
+    explains: tuple[str, ...] = ()  # besides those of its rule
 
 
 class Rule(NamedTuple):

@@ -21,8 +21,22 @@ MEMORY = 80 * 2**30  # bytes of a GPU, all of them free
 
 chosen = [0]  # by set_device
 used: set[int] = set()
+seen_first: list[str] = []  # the GPUs that were visible when one was first used
 seed: list[int | None] = [None]  # of the GPUs' generator, where the script has set it apart from the CPU's
 has_synced_norms = [False]  # whether BatchNorm was converted to SyncBatchNorm
+
+
+def visible() -> list[str]:
+    """The GPUs that the process may use: those that the script has set, or one for each rank."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in names.split(",")] if names else [str(i) for i in range(SETTINGS["ranks"])]
+
+
+def name_of(index: int) -> str:
+    """Of the GPU that has this number among those that are visible when one is first used, as with CUDA."""
+    if not seen_first:
+        seen_first.extend(visible())
+    return seen_first[index] if index < len(seen_first) else str(index)
 
 
 def index_of(device) -> int | None:
@@ -42,7 +56,7 @@ def on_cpu(device):
         return device
     if index not in used:
         used.add(index)
-        safely(emit, "gpu", index=index)
+        safely(lambda: emit("gpu", gpu=name_of(index)))
     return torch.device("cpu")
 
 
@@ -120,7 +134,7 @@ PROPERTIES = types.SimpleNamespace(name="made-up GPU", total_memory=MEMORY, majo
 ANSWERS = {  # what is asked of torch.cuda -> the answer
     "is_available": constant(True),
     "is_initialized": constant(True),
-    "device_count": lambda: SETTINGS["ranks"],
+    "device_count": lambda: len(visible()),
     "current_device": lambda: chosen[0],
     "set_device": choose,
     "device": device_context,
@@ -151,7 +165,7 @@ ANSWERS = {  # what is asked of torch.cuda -> the answer
 }
 ANSWERS_OF_ACCELERATOR = {  # of torch.accelerator
     "is_available": constant(True),
-    "device_count": lambda: SETTINGS["ranks"],
+    "device_count": lambda: len(visible()),
     "current_accelerator": lambda *args, **kwargs: torch.device("cuda"),
     "current_device_index": lambda: chosen[0],
     "current_device_idx": lambda: chosen[0],
@@ -262,7 +276,7 @@ def replace(owner, name: str, new) -> None:
 
 
 def install() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(SETTINGS["ranks"])))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible())
     for name, new in ANSWERS.items():
         answer(torch.cuda, name, new)
     for name, new in ANSWERS_OF_ACCELERATOR.items():

@@ -44,6 +44,7 @@ REPLACED = [  # every one
     Replaced(f"{DDP}.forward", model.forward, kind="forward"),
     Replaced("torch.autograd.backward", model.backward),
     Replaced("torch.nn.utils.clip_grad_norm_", after=model.clipped, also="torch.nn.utils.clip_grad"),
+    Replaced("torch.nn.utils.clip_grad_value_", instead=model.clips_values, also="torch.nn.utils.clip_grad"),
     Replaced("torch.amp.GradScaler.step", model.scales),
     Replaced("torch.amp.GradScaler.load_state_dict", model.loads),
     Replaced("torch.optim.Optimizer.load_state_dict", model.loads),

@@ -9,9 +9,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ddp_tutorial.check.made_up import gpus
 from ddp_tutorial.check.watch import calls, samples
-from ddp_tutorial.check.watch.record import emit, fingerprint, random_states, user_line
+from ddp_tutorial.check.watch.record import emit, fingerprint, random_states, safely, user_line
 
 SMALL, ALWAYS = 100_000, 1000  # the weights of a small model are hashed in its first thousand steps
+COMPARED = 20  # forwards whose inputs are hashed
 FIRST = 16  # those of another one in the first steps, and then more and more seldom
 
 wrapped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # plain model -> its number
@@ -22,6 +23,7 @@ since_step: Counter = Counter()
 plain_line: list = []  # where a wrapped model was last called past its wrapper
 exchanges = [True]  # whether the last forward was outside of no_sync
 n_dropouts = [0]
+n_inputs = [0]
 
 
 def wraps(ddp, module: nn.Module, *args, **kwargs) -> None:
@@ -50,6 +52,14 @@ def forward(ddp, *args, **kwargs) -> None:
     exchanges[0] = ddp.require_backward_grad_sync
     if not grad:
         samples.validates()
+    elif ddp.training and n_inputs[0] < COMPARED:
+        n_inputs[0] += 1
+        given = calls.tensors_in((*args, *kwargs.values()))[:1]
+        emit("input", tensor=fingerprint(given[0]) if given and is_dense(given[0]) else None)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def any_forward(module: nn.Module, inside_ddp: bool) -> None:
@@ -75,7 +85,7 @@ def factors(loss: Tensor) -> list[float]:
 
 
 def backward(tensors, *args, **kwargs) -> None:
-    loss = tensors if isinstance(tensors, Tensor) else next(iter(tensors))
+    loss = tensors if isinstance(tensors, Tensor) else tensors[0]
     value = float(loss.detach()) if loss.numel() == 1 else None
     facts = {"forwards": since_backward["forwards"], "plain": since_backward["plain"]}
     line = {"plain_at": plain_line[0]} if facts["plain"] and plain_line else {}
@@ -136,6 +146,20 @@ def final() -> None:
 
 def clipped(norm, *args, **kwargs) -> None:
     emit("clip", norm=repr(float(norm)), since=since_step["backwards"])
+
+
+def clips_values(original, parameters, *args, **kwargs):
+    """`clip_grad_value_`, which returns no norm: that of before."""
+    parameters = parameters if isinstance(parameters, Tensor) else list(parameters)  # it may give them but once
+    safely(values_clipped, parameters)
+    return original(parameters, *args, **kwargs)
+
+
+def values_clipped(parameters: Tensor | list[Tensor]) -> None:
+    gradients = [p.grad for p in calls.tensors_in([parameters]) if p.grad is not None]
+    norms = [gradient.float().norm().cpu() for gradient in gradients if not hasattr(gradient, "full_tensor")]
+    if norms:  # that of a sharded gradient would need a collective
+        clipped(torch.stack(norms).norm())
 
 
 def scales(scaler, *args, **kwargs) -> None:

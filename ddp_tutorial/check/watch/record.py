@@ -10,6 +10,7 @@ import sysconfig
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -54,15 +55,17 @@ def emit(kind: str, *, loops: bool = False, at: list | None = None, **facts) -> 
     write(event)
 
 
-def safely(function: Callable | None, *args, **kwargs) -> None:
-    """Call `function`; what fails is noted, and never reaches the script."""
+def safely(function: Callable | None, *args, **kwargs):
+    """What `function` returns; what fails is noted, and never reaches the script: None."""
     if function is None:
-        return
+        return None
     try:
         with torch._C.DisableTorchFunction():
-            function(*args, **kwargs)
+            return function(*args, **kwargs)
     except Exception as error:
-        emit("watcher", error=f"{getattr(function, '__name__', function)}: {error!r}")
+        with suppress(Exception):  # the log's disk may be full
+            emit("watcher", error=f"{getattr(function, '__name__', function)}: {error!r}")
+        return None
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import random
 import weakref
 import zlib
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ EPOCHS_HASHED = 4  # in which the samples themselves are hashed, not only their 
 N_HASHED = 4096  # numbers of a sample, at most about twice as many
 N_KEPT = 2000  # indices of a subset that are written down
 
-loaders: WeakIdKeyDictionary = WeakIdKeyDictionary()  # loader -> {"name", "made", "epochs"}
+loaders: WeakIdKeyDictionary = WeakIdKeyDictionary()  # loader -> what is known of it, and of those before it
+last_made: dict[tuple, dict] = {}  # line, data set and kind of sampler -> what is known of the loader last made so
 epochs: WeakIdKeyDictionary = WeakIdKeyDictionary()  # iterator of a loader -> what it has read
 made_at: Counter = Counter()  # line -> loaders that it has made
 open_batches: dict[str, dict] = {}  # loader -> the epoch whose batch no backward has followed yet
@@ -28,14 +30,40 @@ n_fetched: Counter = Counter()
 def size(thing) -> int | None:
     try:
         return len(thing)
-    except (TypeError, NotImplementedError):
+    except Exception:  # the user's own `__len__` may raise what it likes
         return None
 
 
+def sampler_of(loader: DataLoader):
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    return loader.sampler if inner is None else inner
+
+
+def batch_size_of(loader: DataLoader) -> int | None:
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+
+
+def n_batches_of(loader: DataLoader) -> int | None:
+    """Of a stream by its own length: the loader would remember that it was asked, and warn."""
+    if not isinstance(loader.dataset, IterableDataset):
+        return size(loader)
+    n_samples = size(loader.dataset)
+    return n_samples and -(-n_samples // (batch_size_of(loader) or 1))
+
+
 def new_loader(result, loader: DataLoader, *args, **kwargs) -> None:
+    """One that is made anew, at the same line of the same data, goes on where the one before has begun its epoch."""
     line = user_line()
-    made_at[str(line)] += 1
-    loaders[loader] = {"name": f"{line} {made_at[str(line)]}", "made": line, "epochs": 0}
+    key = (str(line), id(loader.dataset), type(sampler_of(loader)).__name__)
+    info = last_made.get(key)
+    if info is None or info["is_new"] or info["data"]() is not loader.dataset:
+        made_at[str(line)] += 1
+        info = {"name": f"{line} {made_at[str(line)]}", "made": line, "epochs": 0}
+        with suppress(TypeError):  # no reference to a list of samples
+            last_made[key] = info | {"data": weakref.ref(loader.dataset)}
+            info = last_made[key]
+    info["is_new"] = True
+    loaders[loader] = info
 
 
 def number(index) -> int:
@@ -51,15 +79,15 @@ def subset_of(data) -> list[int] | None:
     return [i for i in indices if zlib.crc32(str(i).encode()) % every == 0]
 
 
-def new_epoch(iterator) -> None:
-    loader = epochs[iterator]["loader"]()
+def new_epoch(iterator, loader: DataLoader) -> None:
     info, data = loaders[loader], loader.dataset
-    epochs[iterator] |= {"name": info["name"], "number": info["epochs"], "n": 0, "indices": [], "trains": False}
-    info["epochs"] += 1
     stream = isinstance(data, IterableDataset)
-    sampler = getattr(loader.batch_sampler, "sampler", None) or loader.sampler
-    batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    n_batches = None if stream else size(loader)
+    sampler, batch, whole = sampler_of(loader), batch_size_of(loader), n_batches_of(loader)
+    epochs[iterator] = {"name": info["name"], "number": info["epochs"], "whole": whole}
+    epochs[iterator] |= {"n": 0, "indices": [], "trains": False}
+    is_new, info["is_new"] = info["is_new"], False
+    info["epochs"] += 1
+    n_batches = None if stream else whole
     shares = [x for x in (size(sampler), n_batches and batch and n_batches * batch) if x]
     facts = {
         "sampler": type(sampler).__name__,
@@ -67,6 +95,7 @@ def new_epoch(iterator) -> None:
         "samples": None if stream else size(data),
         "share": None if stream else min(shares, default=None),
         "batches": n_batches,
+        "is_new": is_new,
         "workers": loader.num_workers,
         "subset": subset_of(data) if not stream and info["epochs"] == 1 else None,
     }
@@ -76,13 +105,12 @@ def new_epoch(iterator) -> None:
 def begins(iterator, loader: DataLoader) -> None:
     if loader not in loaders:  # it was unpickled
         new_loader(None, loader)
-    epochs[iterator] = {"loader": weakref.ref(loader)}  # not the loader itself: its workers end with it
-    new_epoch(iterator)
+    new_epoch(iterator, loader)
 
 
 def resets(iterator, loader: DataLoader, first_iter: bool = False) -> None:
     if not first_iter:  # workers that live on begin another epoch
-        new_epoch(iterator)
+        new_epoch(iterator, loader)
 
 
 def index_drawn(indices, iterator) -> None:
@@ -117,7 +145,7 @@ def is_cut(iterator) -> bool:
     limit = SETTINGS["batches"]
     if iterator not in epochs or not limit or epochs[iterator]["n"] < limit:
         return False
-    whole = size(epochs[iterator]["loader"]())
+    whole = epochs[iterator]["whole"]
     return whole is None or whole > LONG * limit
 
 
@@ -130,13 +158,13 @@ def is_read(iterator, cut: bool) -> None:
 
 def next_batch(original, iterator):
     """`__next__` of a loader's iterator: a long epoch ends early."""
-    if cut := is_cut(iterator):
-        safely(is_read, iterator, cut)
+    if safely(is_cut, iterator):
+        safely(is_read, iterator, cut=True)
         raise StopIteration
     try:
         return original(iterator)
     except StopIteration:
-        safely(is_read, iterator, cut)
+        safely(is_read, iterator, cut=False)
         raise
 
 

@@ -50,8 +50,9 @@ def backward_left_out(e: Evidence):
         if not are_alike(x["kind"] for x in events):
             rank = next(r for r, x in enumerate(events) if x["kind"] != "backward")
             other = next(x for x in events if x["kind"] == "backward")
+            n_done = sum(x["kind"] == "backward" for x in passes[rank][:i])
             seen = (
-                f"rank {rank} has left out the backward() of {e.short(other)} after {i - 1} passes: from then on it "
+                f"rank {rank} has left out the backward() of {e.short(other)} after {n_done} of them: from then on it "
                 "meets the others one step late"
             )
             return broken(seen, passes[rank][i - 1])
@@ -122,9 +123,16 @@ def same_calls(e: Evidence):
             return  # it would make the call too, once its worker has given it a batch
         extra = lists[rank][min(counts)]
         waits = "makes one more" if e.end == "ended" and not any(e.codes) else "waits"
-        yield broken(f"{bars(counts)} calls: rank {rank} {waits} in {e.described(extra)}", extra)
+        left = has_left(e, counts.index(min(counts)))
+        yield broken(f"{bars(counts)} calls: rank {rank} {waits} in {e.described(extra)}{left}", extra)
     elif min(counts):
         yield holds(f"{min(counts)} of them")
+
+
+def has_left(e: Evidence, rank: int) -> str:
+    """What to say of a rank that has ended by itself, and not well."""
+    code = e.codes[rank] if e.n == len(e.codes) else None  # the script has started its ranks itself
+    return f"; rank {rank} has left with exit code {code}" if code and code > 0 else ""
 
 
 @rule("shapes agree", 9, "exchange the sizes, pad to the largest, and cut again")

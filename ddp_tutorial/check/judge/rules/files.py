@@ -5,6 +5,8 @@ from pathlib import Path
 from ddp_tutorial.check.judge.evidence import Evidence
 from ddp_tutorial.check.judge.registry import broken, holds, note, rule, suspect
 
+SHOWN = 10  # paths that are named
+
 
 @rule("one rank writes each file", 4, "if rank == 0:")
 def one_writes(e: Evidence):
@@ -52,12 +54,26 @@ def one_downloads(e: Evidence):
         yield suspect(f"{e.all_ranks} fetch {min(shared)}", urls[0][min(shared)])
 
 
-@rule("nothing is written outside of the copy", 7, "what it wrote elsewhere is still there", is_remark=True)
+@rule(
+    "nothing is written outside of the copy",
+    7,
+    "let it write in its own folder, of which there is a copy",
+    is_remark=True,
+)
 def elsewhere(e: Evidence):
-    """Notes files that were written outside of the copy in which the script ran."""
-    temporary = e.place.temporary
+    """Notes files that were written outside of the copy in which the script ran, or that there was no copy."""
     paths = [event["path"] for event in e.any("write", "save") if event.get("path")]
-    outside = sorted({path for path in paths if not Path(path).is_relative_to(temporary)})
-    if outside:
-        more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
-        yield note(f"it wrote {', '.join(outside[:3])}{more}")
+    outside = sorted({path for path in paths if not Path(path).is_relative_to(e.place.temporary)})
+    if outside and e.place.is_copy:
+        yield note(f"it wrote {some(outside)}")
+    elif outside:
+        fix = "leave out --in-place" if e.plan.in_place else "keep its data in another folder"
+        yield note(f"there was no copy: it wrote {some(outside)}", fix=fix)
+    if e.changed:
+        seen = f"too large for the copy, and changed by it or meanwhile: {some(e.changed)}"
+        yield note(seen, fix="move other files out of its folder: then these are copied")
+
+
+def some(paths: list[str]) -> str:
+    more = f", and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(paths[:SHOWN]) + more

@@ -4,6 +4,7 @@ from math import isclose
 
 from ddp_tutorial.check.judge.evidence import Evidence, are_alike, bars
 from ddp_tutorial.check.judge.registry import broken, holds, note, rule, suspect
+from ddp_tutorial.check.judge.rules.meeting import CONSEQUENCES
 from ddp_tutorial.check.judge.rules.model import count, drifting_step, last_before
 
 
@@ -87,12 +88,20 @@ def weights_equal(e: Evidence):
             when = f"after step {n}" if n else "before the first step"
             seen = f"{when} {len(names)} of {total} weights differ between ranks ({names[0]})"
             own = all("not of a DDP model" in name for name in names)
-            yield (suspect if own and n == 0 else broken)(seen, changed_by(e, optimizer, n) or events[0])
+            found = (suspect if own and n == 0 else broken)(seen, changed_by(e, optimizer, n) or events[0])
+            yield found._replace(explains=("the script runs",) if fails_by_assertion(e) else ())
             return
     if apart:
         yield averaged_by_hand(e, apart, checked)
     elif checked and e.n > 1:
         yield holds(f"after {checked} steps")
+
+
+def fails_by_assertion(e: Evidence) -> bool:
+    """Whether the script stops at a check of its own: it has most likely seen the same."""
+    errors = [event["error"] for event in e.any("crash")]
+    own = [error for error in errors if not any(word in error for word in CONSEQUENCES)]
+    return bool(own) and all(error.startswith("AssertionError") for error in own)
 
 
 def averaged_by_hand(e: Evidence, apart: list[tuple[int, int]], checked: int):

@@ -112,7 +112,7 @@ def take_part(e: Evidence):
 @rule("each rank has its own GPU", 4, "torch.cuda.set_device(local_rank), and no 'cuda' without a number before it")
 def own_gpu(e: Evidence):
     """Proves that two ranks of one machine use the same GPU."""
-    used = [{event["index"]: event for event in reversed(e.of(rank, "gpu"))} for rank in range(e.n)]
+    used = [{event["gpu"]: event for event in reversed(e.of(rank, "gpu"))} for rank in range(e.n)]
     shared = set.intersection(*map(set, used)) if e.n > 1 else set()
     if shared:
         gpu = min(shared)
@@ -125,7 +125,7 @@ def own_gpu(e: Evidence):
 def leaves(e: Evidence):
     """A group that is open when the process ends: some releases of gloo and NCCL warn, wait, or abort then."""
     ends = e.any("exit")
-    if e.any("crash") or e.end != "ended" or not ends:
+    if not e.any("met") or e.any("crash") or e.end != "ended" or not ends:
         return
     if any(event["group_is_open"] for event in ends):
         yield note("the process group is still open when the script ends")

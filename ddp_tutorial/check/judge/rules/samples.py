@@ -7,6 +7,7 @@ from ddp_tutorial.check.judge.registry import broken, holds, note, rule, suspect
 
 DEAL = "sampler=DistributedSampler(data), or deal one seeded draw out by rank"
 SHARE = 1.5  # ranks that together read so many times the samples there are do not read a share each
+TRAINED = 0.75  # of the samples read, unless batches are left out; one that is fetched ahead is not
 FEW = 20  # a twentieth of the samples may be read by two ranks before anything is said
 SOME = 5  # samples may look like others by chance
 DRAWS = ("RandomSampler", "WeightedRandomSampler", "SubsetRandomSampler", "DistributedSampler")
@@ -22,6 +23,17 @@ def learns(e: Evidence, loader: str, event: dict) -> bool:
 
 def read_by(e: Evidence, key: tuple) -> list[list[int]]:
     return [e.read[(rank, *key)] for rank in range(e.n)]
+
+
+def trained_by(e: Evidence, key: tuple) -> list[list[int]]:
+    """Of a script that trains: the samples trained on, as far as is known."""
+    return [e.learned[(rank, *key)] for rank in range(e.n)] if e.any("backward") else read_by(e, key)
+
+
+def are_left_out(e: Evidence, key: tuple) -> bool:
+    """Whether ranks read batches that they do not train on at once: they may deal them out so."""
+    pairs = zip(trained_by(e, key), read_by(e, key), strict=True)
+    return any(len(trained) < TRAINED * len(read) for trained, read in pairs)
 
 
 def own_subsets(e: Evidence, loader: str) -> bool:
@@ -110,26 +122,27 @@ def own_samples(e: Evidence):
     """Proves that ranks read the same samples in an epoch of training, or that each reads all of them."""
     n_dealt = 0
     for key, events in e.epochs.items():
-        event, samples = events[0], read_by(e, key)
+        event, samples, left_out = events[0], trained_by(e, key), are_left_out(e, key)
         if not learns(e, key[0], event) or own_subsets(e, key[0]):
             continue
+        say = suspect if left_out else broken
         common = set.intersection(*map(set, samples))
         shares = [x["share"] or 0 for x in events]
         if event["stream"]:
             if common:
-                yield broken(
+                yield say(
                     f"{len(common)} of {len(samples[0])} samples of a stream were read by {e.all_ranks}",
                     event["made"],
                     "deal the stream out by rank and by worker (get_worker_info)",
                 )
                 return
         elif all(samples) and are_alike(samples):
-            yield broken(
+            yield say(
                 f"{e.all_ranks} read the same {len(samples[0])} samples in the same order ({event['sampler']})",
                 event["made"],
             )
             return
-        elif event["samples"] and sum(shares) >= SHARE * event["samples"] and have_same_rows(e, key[0]):
+        elif not left_out and reads_all(event, shares) and have_same_rows(e, key[0]):
             yield broken(
                 f"each of {e.n} ranks reads {shares[0]:,} of {event['samples']:,} samples an epoch "
                 f"({event['sampler']})",
@@ -141,11 +154,15 @@ def own_samples(e: Evidence):
                 f"{len(common)} of {len(samples[0])} samples of an epoch were read by {e.all_ranks}", event["made"]
             )
             return
-        n_dealt += all(map(bool, samples))
+        n_dealt += all(map(bool, samples)) and not left_out
     if same := same_losses(e):
         yield suspect(f"{e.all_ranks} compute the same loss in each of {same} steps", e.of(0, "backward")[0])
     elif n_dealt:
         yield holds(f"in {n_dealt} epochs")
+
+
+def reads_all(event: dict, shares: list[int]) -> bool:
+    return bool(event["samples"]) and sum(shares) >= SHARE * event["samples"]
 
 
 def have_same_rows(e: Evidence, loader: str) -> bool:
@@ -172,7 +189,13 @@ def fixed_rows(e: Evidence, loader: str) -> bool:
 
 
 def same_losses(e: Evidence) -> int:
-    """In how many backward passes, of more than two, all ranks had the same loss, and not always one number."""
+    """In how many backward passes, of more than two, all ranks had the same loss, and not always one number.
+
+    None if their models were given other tensors.
+    """
+    inputs = [[event["tensor"] for event in e.of(rank, "input")] for rank in range(e.n)]
+    if not are_alike(inputs):
+        return 0
     losses = [[event["loss"] for event in e.of(rank, "backward")][:20] for rank in range(e.n)]
     alike = e.n > 1 and len(losses[0]) > 2 and are_alike(losses) and len(set(losses[0])) > 1
     return len(losses[0]) if alike and losses[0][0] != "None" else 0
@@ -208,7 +231,7 @@ def other_order(e: Evidence):
             continue
         order, before = e.read[(0, *key)], last.get(loader)
         last[loader] = order
-        if not before or len(order) < 4:
+        if not before or len(order) < 4 or (event["is_new"] and not goes_on(e, key)):
             continue
         n_compared += 1
         if before[: len(order)] == order[: len(before)]:
@@ -226,6 +249,14 @@ def other_order(e: Evidence):
             return
     if n_compared:
         yield holds(f"{n_compared + 1} epochs")
+
+
+def goes_on(e: Evidence, key: tuple[str, int]) -> bool:
+    """Whether an epoch's first step is one that follows on those of the epoch before: no other training begins."""
+    step, before = e.first_step.get(key), e.first_step.get((key[0], key[1] - 1))
+    if step is None or before is None:
+        return step is before
+    return step[0] == before[0] and step[1] > before[1]
 
 
 @rule(
