@@ -1,5 +1,6 @@
 """The doctor and this project's own scripts: each line of DDP that is spoilt is found, and no script is blamed."""
 
+import json
 import re
 
 import pytest
@@ -143,8 +144,10 @@ CHAPTERS = {  # script of a chapter -> what else it needs beside it, its flags, 
     ("05", "ring_all_reduce.py"): ((), (), None),
     ("05", "accumulate.py"): ((), (), None),
     ("05", "batch_norm.py"): ((), (), None),
+    ("05", "unused_weights.py"): ((), (), None),
     ("05", "uneven.py"): ((), (), None),
     ("10", "measure_step.py"): (("small_transformer.py", "next_byte.py", "ways.py"), ("Plain",), None),
+    ("10", "count_bytes.py"): (("small_transformer.py", "next_byte.py", "ways.py"), (), None),
     ("10", "reentrant.py"): (("small_transformer.py", "next_byte.py", "ways.py"), (), None),
     ("10", "compile_ddp.py"): (("small_transformer.py", "next_byte.py", "ways.py"), (), None),
     ("10", "shard_traps.py"): (("small_transformer.py", "next_byte.py", "ways.py"), (), None),
@@ -161,7 +164,7 @@ OF_FOUR_RANKS = ("collectives.py", "ring_all_reduce.py", "split_layer.py")
 
 
 @slow
-@pytest.mark.parametrize("chapter, name", CHAPTERS, ids="-".join)
+@pytest.mark.parametrize("chapter, name", CHAPTERS, ids=map("-".join, CHAPTERS))
 def test_a_script_of_a_chapter_is_not_blamed(chapter, name, tmp_path):
     beside, flags, broken = CHAPTERS[chapter, name]
     (tmp_path / "runs" / "larger").mkdir(parents=True)
@@ -176,6 +179,35 @@ def test_a_peer_is_not_blamed(peer, small, tmp_path):
     flags = ("--data-dir", small, "--out", tmp_path / "out", "--epochs", 3, "--batch-size", 8)
     report = check(NOTEBOOKS.parent, "-m", f"benchmarks.peers.{peer}", *flags)
     assert short(report, "BROKEN") == [], short(report)
+
+
+BREAKS = {  # what chapter 4 breaks -> what is said of it
+    "no_sampler": ("BROKEN", "each rank reads its own samples"),
+    "no_set_epoch": ("BROKEN", "each epoch has another order"),
+    "all_write": ("SUSPECT", "one rank writes each file"),
+    "one_leaves": ("BROKEN", "the ranks make the same calls"),
+}
+
+
+@pytest.fixture(scope="module")
+def breaks(tmp_path_factory):
+    """A folder with the scripts that chapter 4 breaks, as its cells write them."""
+    folder = tmp_path_factory.mktemp("breaks")
+    (folder / "ddp_sample.py").write_text(DDP.read_text())
+    chapter = json.loads((NOTEBOOKS / "04_train_with_ddp.ipynb").read_text())
+    sources = ["".join(cell["source"]) for cell in chapter["cells"] if cell["cell_type"] == "code"]
+    names = {"Path": lambda name: folder / name}
+    for source in sources:
+        if re.search(r"\bbroken\(", source):
+            exec(source, names)
+    return folder
+
+
+@slow
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_chapter_4_breaks_is_named(name, breaks, small):
+    flags = ("--data-dir", small, "--device", "cpu", "--epochs", 4, "--batch-size", 8, "--out", "out")
+    assert has(report := check(breaks, f"{name}.py", *flags), *BREAKS[name]), short(report)
 
 
 CASES = {  # of chapter 9 -> the rule that is broken in it
