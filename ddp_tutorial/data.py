@@ -135,7 +135,7 @@ def warn_of(train_set: NpyDataset, val_set: NpyDataset) -> None:
     if not all(is_mapped(array) for split in (train_set, val_set) for array in (split.X, split.y)):
         warn(f"{X_path.parent}: this disk cannot map files, so each process has read them into memory")
     for split in (train_set, val_set):
-        # With as many features a gather takes more than twice as long: see `python -m benchmarks loading`.
+        # With ten features a gather takes about twice as long, with more of them longer: `python -m benchmarks data`.
         if split.X.shape[1] >= 10 and not split.X.flags.c_contiguous:
             cost = "is in Fortran order, as DataFrames are, so each batch takes several times as long to gather"
             warn(f"{split.X_path}: X {cost}: save np.ascontiguousarray(X, dtype=np.float32)")

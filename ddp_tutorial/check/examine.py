@@ -29,7 +29,7 @@ class CannotCheck(UserError):
 
 
 def has_stepped(trial: Trial) -> bool:
-    return any(event["kind"] == "step" for events in trial.logs.values() for event in events)
+    return bool(trial.events("step"))
 
 
 def has_started(trial: Trial) -> bool:
@@ -39,16 +39,12 @@ def has_started(trial: Trial) -> bool:
 
 
 def asks_for_gpus(trial: Trial) -> bool:
-    crashes = [event["error"] for events in trial.logs.values() for event in events if event["kind"] == "crash"]
+    crashes = [event["error"] for event in trial.events("crash")]
     return any(ASKS_FOR_GPUS.search(text) for text in (*trial.words, *crashes))
 
 
 def was_cut(trial: Trial) -> bool:
-    return any(event["kind"] == "read" and event["cut"] for events in trial.logs.values() for event in events)
-
-
-def has_crashed(trial: Trial) -> bool:
-    return any(event["kind"] == "crash" for events in trial.logs.values() for event in events)
+    return any(event["cut"] for event in trial.events("read"))
 
 
 def run(plan: Plan, gpu: str) -> Trial:
@@ -61,7 +57,7 @@ def run(plan: Plan, gpu: str) -> Trial:
         other = launch.run(replace(plan, spawns=False))
         if has_started(other) or has_stepped(other):
             trial, plan = other, other.plan
-    if has_crashed(trial) and was_cut(trial):  # is it the script that fails, or has it counted its batches?
+    if trial.events("crash") and was_cut(trial):  # is it the script that fails, or has it counted its batches?
         trial = launch.run(replace(plan, batches=0))
     return trial
 
@@ -69,8 +65,7 @@ def run(plan: Plan, gpu: str) -> Trial:
 def why_not(trial: Trial) -> str:
     """One line: why nothing can be said of the script."""
     name = trial.plan.module or trial.plan.script.name
-    crashes = [event for events in trial.logs.values() for event in events if event["kind"] == "crash"]
-    if crashes:
+    if crashes := trial.events("crash"):
         error, at = crashes[0]["error"].splitlines()[0], crashes[0].get("at")
         if missing := MISSING.search(error):
             return f"{name} needs the package {missing[1]!r}: install it"
@@ -91,7 +86,7 @@ def why_not(trial: Trial) -> str:
 
 def is_for_lack_of(trial: Trial) -> bool:
     """Whether all ranks have stopped before the first step for want of a package or a file."""
-    crashes = [event["error"] for events in trial.logs.values() for event in events if event["kind"] == "crash"]
+    crashes = [event["error"] for event in trial.events("crash")]
     missing = ("ModuleNotFoundError", "FileNotFoundError")
     return bool(crashes) and not has_stepped(trial) and all(error.startswith(missing) for error in crashes)
 

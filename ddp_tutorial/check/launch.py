@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from ddp_tutorial.check.fork import INJECT, forked, new_process, spec_of_module
@@ -55,6 +56,10 @@ class Trial:
     stacks: dict[int, str] = field(default_factory=dict)  # process id -> where it stood
     changed: list[str] = field(default_factory=list)  # files of the user's that are not as they were
 
+    def events(self, *kinds: str) -> list[dict]:
+        """Those of all processes, one process after the other."""
+        return [event for events in self.logs.values() for event in events if event["kind"] in kinds]
+
 
 def source(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
@@ -80,7 +85,7 @@ def arguments_of(plan: Plan, rank: int) -> list[str]:
 
 def settings(plan: Plan, place: Place, meeting: dict[str, str]) -> str:
     folders = {str(place.original), str(place.copy)}
-    texts = [plan.script, *list(place.copy.rglob("*.py"))[:500]]
+    texts = [plan.script, *islice(place.copy.rglob("*.py"), 500)]
     return json.dumps(
         {
             "log": str(place.temporary / "log"),

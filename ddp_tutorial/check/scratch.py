@@ -72,14 +72,14 @@ def entries_of(folder: Path) -> list[os.DirEntry] | None:
 def copy_folder(original: Path, entries: list[os.DirEntry], copy: Path) -> list[str]:
     """Folders are made anew, and files are copied while there is room. All else is linked: the files that are."""
     copy.mkdir(parents=True)
-    files = []
+    files, real = [], os.path.realpath(original)
     for entry in entries:
         target = copy / os.path.relpath(entry.path, original)
         if is_entered(entry):
             target.mkdir()
             continue
         leads_to = Path(os.path.realpath(entry.path))
-        if entry.is_symlink() and leads_to.is_relative_to(real := os.path.realpath(original)):
+        if entry.is_symlink() and leads_to.is_relative_to(real):
             target.symlink_to(copy / leads_to.relative_to(real))
         elif entry.is_file() and os.access(entry.path, os.R_OK):
             files.append((entry, target))

@@ -22,6 +22,11 @@ def bars(values: Iterable) -> str:
     return " | ".join(map(str, values))
 
 
+def first_unlike(turns: Iterable, value: str) -> tuple[Event, ...] | None:
+    """Of events of all ranks, in turn, the first whose `value` is not the same on all."""
+    return next((events for events in turns if not are_alike(event[value] for event in events)), None)
+
+
 class Evidence:
     """What a trial has left, by rank."""
 
@@ -31,7 +36,6 @@ class Evidence:
         self.place, self.changed = trial.place, trial.changed
         self.other_size: Evidence | None = None  # of the same script on one rank more, where that was launched
         pids = self._pids()
-        self.pids = pids
         self.ranks: list[list[Event]] = [trial.logs[pid] for pid in pids]
         self.stacks = [trial.stacks.get(pid, "") for pid in pids]
         self.workers = [self._workers_of(pid) for pid in pids]
@@ -140,22 +144,46 @@ class Evidence:
         weights = self.weights.get((optimizer, n))
         return weights and [name for name in weights[0] if not are_alike(w[name] for w in weights)]
 
+    @cached_property
+    def equal_after(self) -> dict[int, list[int]]:
+        """Optimizer -> the numbers of steps, in order, after which all ranks had the same weights."""
+        equal = defaultdict(list)
+        for optimizer, n in sorted(self.weights):
+            if self.differing_weights(optimizer, n) == []:
+                equal[optimizer].append(n)
+        return equal
+
     def is_averaged_later(self, optimizer: int, n: int) -> bool:
         """Whether weights that differ after n steps are equal again after more of them."""
-        later = [m for o, m in self.weights if o == optimizer and m >= n]
-        return any(self.differing_weights(optimizer, m) == [] for m in later)
+        return any(m >= n for m in self.equal_after[optimizer])
 
     def averaging_period(self, optimizer: int) -> int:
         """The most steps after which weights were equal again; 1 if they never differed, 0 if it is not known."""
-        equal = [m for o, m in sorted(self.weights) if o == optimizer and self.differing_weights(o, m) == []]
-        return max((b - a for a, b in pairwise(equal)), default=0)
+        return max((b - a for a, b in pairwise(self.equal_after[optimizer])), default=0)
 
     def waits_for_average(self, optimizer: int, n: int) -> bool:
         """Whether weights that differ after n steps, until the end, have done so before for as long, and met again."""
-        equal = [m for o, m in self.weights if o == optimizer and self.differing_weights(o, m) == []]
+        equal = self.equal_after[optimizer]
         period = self.averaging_period(optimizer)
         last = max((m for o, m in self.weights if o == optimizer), default=n)
         return period > 1 and last - max(equal) <= period and n > max(equal)
+
+    @cached_property
+    def drifting_step(self) -> tuple[tuple[int, int], list[str], list[Event]] | None:
+        """The first step whose gradients differ between ranks, where the weights do not come together again.
+
+        What comes after the last step is not always seen: it is as it was after the steps before.
+        """
+        are_averaged = False
+        for (optimizer, n), events in self.hashed_steps.items():
+            names = [x for x in events[0]["gradients"] if not are_alike(s["gradients"].get(x) for s in events)]
+            if not names:
+                continue
+            if self.is_averaged_later(optimizer, n + 1) or self.waits_for_average(optimizer, n + 1):
+                are_averaged = True
+            elif not (are_averaged and (optimizer, n + 1) not in self.weights):
+                return (optimizer, n), names, events
+        return None
 
     # passes and calls, in order
 

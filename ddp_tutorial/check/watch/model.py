@@ -12,8 +12,8 @@ from ddp_tutorial.check.watch import calls, samples
 from ddp_tutorial.check.watch.record import emit, fingerprint, random_states, safely, user_line
 
 SMALL, ALWAYS = 100_000, 1000  # the weights of a small model are hashed in its first thousand steps
-COMPARED = 20  # forwards whose inputs are hashed
 FIRST = 16  # those of another one in the first steps, and then more and more seldom
+COMPARED = 20  # forwards whose inputs are hashed
 
 wrapped: WeakIdKeyDictionary = WeakIdKeyDictionary()  # plain model -> its number
 names: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (its name, whether it needed a gradient at the wrap)

@@ -5,7 +5,7 @@ from math import isclose
 from ddp_tutorial.check.judge.evidence import Evidence, are_alike, bars
 from ddp_tutorial.check.judge.registry import broken, holds, note, rule, suspect
 from ddp_tutorial.check.judge.rules.meeting import CONSEQUENCES
-from ddp_tutorial.check.judge.rules.model import count, drifting_step, last_before
+from ddp_tutorial.check.judge.rules.model import count, last_before
 
 
 def steps_with_other_gradients(e: Evidence) -> list[list[dict]]:
@@ -39,7 +39,7 @@ def clipped_late(e: Evidence):
 )
 def last_exchanges(e: Evidence):
     """Proves that gradients differ at a step before which the last backward was inside no_sync()."""
-    difference = drifting_step(e) if e.wraps else None
+    difference = e.drifting_step if e.wraps else None
     if difference:
         key, names, events = difference
         backward = last_before(e, 0, events[0], "backward")
@@ -54,9 +54,9 @@ def last_exchanges(e: Evidence):
 @rule("gradients are equal", 5, "let DDP average them, or average all of them yourself", ("weights stay equal",))
 def equal(e: Evidence):
     """Proves that gradients differ between ranks before a step, and the weights do not come together again."""
-    if not e.wraps and drifting_step(e):
+    if not e.wraps and e.drifting_step:
         return  # the rule on the wrap says it
-    if difference := drifting_step(e):
+    if difference := e.drifting_step:
         key, names, events = difference
         yield broken(f"step {key[1] + 1}: {count(names, events)} differ between ranks ({names[0]})", events[0])
     elif e.hashed_steps and e.n > 1:

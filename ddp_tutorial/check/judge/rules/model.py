@@ -45,7 +45,7 @@ def is_wrapped(e: Evidence):
     """Proves that no model is wrapped, and that the gradients of the ranks differ and their weights drift apart."""
     if e.wraps:
         yield holds()
-    elif e.has_met and (difference := drifting_step(e)):
+    elif e.has_met and (difference := e.drifting_step):
         (optimizer, n), names, events = difference
         seen = f"step {n + 1}: {count(names, events)} differ between ranks, and no model is wrapped"
         if e.begins_alike(optimizer):
@@ -59,7 +59,7 @@ def is_called(e: Evidence):
     """Proves that gradients differ after a backward pass that no forward of the wrapped model came before."""
     if not e.wraps:
         return
-    difference = drifting_step(e)
+    difference = e.drifting_step
     if difference:
         key, names, events = difference
         backward = last_before(e, 0, events[0], "backward")
@@ -108,7 +108,7 @@ def steps_wrapped(e: Evidence):
     """Proves that weights outside of any DDP model are stepped with differing gradients; notes those never stepped."""
     if not e.wraps or not e.hashed_steps:
         return
-    if difference := drifting_step(e):
+    if difference := e.drifting_step:
         key, names, events = difference
         if all("not of a DDP model" in name for name in names):
             yield broken(
@@ -159,20 +159,3 @@ def count(names: list[str], events: list[dict]) -> str:
 def last_before(e: Evidence, rank: int, event: dict, kind: str) -> dict | None:
     events = e.ranks[rank]
     return next((x for x in reversed(events[: events.index(event)]) if x["kind"] == kind), None)
-
-
-def drifting_step(e: Evidence) -> tuple[tuple[int, int], list[str], list[dict]] | None:
-    """The first step whose gradients differ between ranks, where the weights do not come together again.
-
-    What comes after the last step is not always seen: it is as it was after the steps before.
-    """
-    are_averaged = False
-    for (optimizer, n), events in e.hashed_steps.items():
-        names = [x for x in events[0]["gradients"] if not are_alike(s["gradients"].get(x) for s in events)]
-        if not names:
-            continue
-        if e.is_averaged_later(optimizer, n + 1) or e.waits_for_average(optimizer, n + 1):
-            are_averaged = True
-        elif not (are_averaged and (optimizer, n + 1) not in e.weights):
-            return (optimizer, n), names, events
-    return None

@@ -1,6 +1,7 @@
 """Each rank reads its own samples, each once, in another order each epoch; metrics are of all."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 from ddp_tutorial.check.judge.evidence import Evidence, are_alike, bars
 from ddp_tutorial.check.judge.registry import broken, holds, note, rule, suspect
@@ -87,14 +88,20 @@ def rows_by_rank(e: Evidence) -> list[tuple[set[int], set[int]]]:
     return pairs
 
 
+def known_rows(e: Evidence, rank: int) -> Iterator[tuple[str, int, int]]:
+    """Loader, index, and the hash of the sample, of each that a rank has read and of which both are known."""
+    for event in e.of(rank, "batch"):
+        if len(event["indices"]) == len(event["rows"]):
+            for index, row in zip(event["indices"], event["rows"], strict=True):
+                yield event["loader"], index, row
+
+
 def other_samples(e: Evidence):
     """Suspects that one index stands for another sample on each rank: where it is the same each time on a rank."""
     by_index = [defaultdict(lambda: defaultdict(set)) for _ in range(e.n)]
     for rank in range(e.n):
-        for event in e.of(rank, "batch"):
-            if len(event["indices"]) == len(event["rows"]):
-                for index, row in zip(event["indices"], event["rows"], strict=True):
-                    by_index[rank][event["loader"]][index].add(row)
+        for loader, index, row in known_rows(e, rank):
+            by_index[rank][loader][index].add(row)
     for loader in set.intersection(*map(set, by_index)) if by_index else ():
         if own_subsets(e, loader):
             continue
@@ -167,13 +174,7 @@ def reads_all(event: dict, shares: list[int]) -> bool:
 
 def have_same_rows(e: Evidence, loader: str) -> bool:
     """Whether an index stands for the same sample on all ranks, as far as that was seen."""
-    rows = []
-    for rank in range(e.n):
-        pairs = {}
-        for event in e.of(rank, "batch"):
-            if event["loader"] == loader and len(event["indices"]) == len(event["rows"]):
-                pairs |= dict(zip(event["indices"], event["rows"], strict=True))
-        rows.append(pairs)
+    rows = [{index: row for name, index, row in known_rows(e, rank) if name == loader} for rank in range(e.n)]
     common = set.intersection(*map(set, rows))
     return not common or any(are_alike(pairs[i] for pairs in rows) for i in common) or not fixed_rows(e, loader)
 
@@ -181,10 +182,9 @@ def have_same_rows(e: Evidence, loader: str) -> bool:
 def fixed_rows(e: Evidence, loader: str) -> bool:
     """Whether a sample that rank 0 has read twice was the same both times: it was not augmented."""
     seen = defaultdict(set)
-    for event in e.of(0, "batch"):
-        if event["loader"] == loader and len(event["indices"]) == len(event["rows"]):
-            for index, row in zip(event["indices"], event["rows"], strict=True):
-                seen[index].add(row)
+    for name, index, row in known_rows(e, 0):
+        if name == loader:
+            seen[index].add(row)
     return all(len(rows) == 1 for rows in seen.values()) and is_read_again(e, loader)
 
 

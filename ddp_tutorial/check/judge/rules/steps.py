@@ -1,6 +1,6 @@
 """What a step and a decision depend on is the same on all ranks."""
 
-from ddp_tutorial.check.judge.evidence import Evidence, are_alike, bars
+from ddp_tutorial.check.judge.evidence import Evidence, are_alike, bars, first_unlike
 from ddp_tutorial.check.judge.registry import broken, holds, rule, suspect
 
 DRIFT = ("gradients are equal", "weights stay equal")
@@ -15,11 +15,9 @@ DRIFT = ("gradients are equal", "weights stay equal")
 def one_scale(e: Evidence):
     """Proves that DDP averages gradients of losses that were scaled by another number on each rank."""
     pairs = e.in_turn("scale")
-    for events in pairs:
-        if not are_alike(event["scale"] for event in events):
-            yield broken(f"GradScaler's scale is {bars(event['scale'] for event in events)}", events[0])
-            return
-    if pairs:
+    if unlike := first_unlike(pairs, "scale"):
+        yield broken(f"GradScaler's scale is {bars(event['scale'] for event in unlike)}", unlike[0])
+    elif pairs:
         yield holds(f"in {len(pairs)} steps")
 
 
@@ -32,11 +30,9 @@ def one_scale(e: Evidence):
 def decides(e: Evidence):
     """Proves that a schedule which follows a metric is told another one on each rank."""
     pairs = e.in_turn("plateau")
-    for events in pairs:
-        if not are_alike(event["metric"] for event in events):
-            yield broken(f"the schedule is told {bars(event['metric'][:8] for event in events)}", events[0])
-            return
-    if pairs:
+    if unlike := first_unlike(pairs, "metric"):
+        yield broken(f"the schedule is told {bars(event['metric'][:8] for event in unlike)}", unlike[0])
+    elif pairs:
         yield holds(f"{len(pairs)} times")
 
 
@@ -66,12 +62,10 @@ def scheduled(e: Evidence):
 @rule("one learning rate", 9, "set the learning rate alike on all ranks", DRIFT)
 def one_rate(e: Evidence):
     """Proves that ranks take the same step with another learning rate."""
-    for (_, n), events in e.steps.items():
-        if not are_alike(event["lr"] for event in events):
-            rates = (", ".join(f"{lr:.6g}" for lr in event["lr"]) for event in events)
-            yield broken(f"step {n + 1}: {bars(rates)}", events[0])
-            return
-    if e.steps and e.n > 1:
+    if unlike := first_unlike(e.steps.values(), "lr"):
+        rates = (", ".join(f"{lr:.6g}" for lr in event["lr"]) for event in unlike)
+        yield broken(f"step {unlike[0]['n'] + 1}: {bars(rates)}", unlike[0])
+    elif e.steps and e.n > 1:
         yield holds(f"in {len(e.steps)} steps")
 
 
