@@ -211,6 +211,14 @@ def start_ranks(n: int, script: Path, *flags, rank_env: dict[int, dict] | None =
         return start(settings, script, flags, **options)
 
 
+def reports_of(n: int, program: str, folder: Path, *flags) -> list:
+    """The JSON that each of `n` ranks prints, of a program whose text is written into `folder`; all leave with 0."""
+    (folder / "program.py").write_text(program)
+    ranks = start_ranks(n, folder / "program.py", *flags)
+    assert [rank.code for rank in ranks] == [0] * n, ranks
+    return [json.loads(rank.stdout) for rank in ranks]
+
+
 def start(
     settings: list[dict],
     script: Path,

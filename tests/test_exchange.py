@@ -1,10 +1,8 @@
 """ddp_tutorial.ranks.exchange between real ranks: what it returns, and which way it goes."""
 
-import json
-
 import pytest
 
-from tests.ranks import start_ranks
+from tests.ranks import reports_of
 
 PROGRAM = """
 import json, os, sys
@@ -93,11 +91,7 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def reports(request, tmp_path_factory):
     """What each of some ranks finds."""
-    program = tmp_path_factory.mktemp("exchange") / "program.py"
-    program.write_text(PROGRAM)
-    ranks = start_ranks(request.param, program)
-    assert [rank.code for rank in ranks] == [0] * request.param, ranks
-    return [json.loads(rank.stdout) for rank in ranks]
+    return reports_of(request.param, PROGRAM, tmp_path_factory.mktemp("exchange"))
 
 
 def test_all_gather_stacks_the_ranks(reports):

@@ -3,12 +3,10 @@
 Each wrong variant is the chapter's own text with one mistake put in, and has to be caught: else the check is none.
 """
 
-import json
-
 import pytest
 
 from ddp_tutorial.show.notebook import written_file
-from tests.ranks import NOTEBOOKS, start_ranks
+from tests.ranks import NOTEBOOKS, reports_of
 
 MISTAKES = {  # name -> (what stands in the chapter, what stands there instead)
     "averages the weights": ("weight.grad", "weight.data"),
@@ -97,10 +95,7 @@ def faults(tmp_path_factory):
         assert text.replace(right, wrong) != text, f"the chapter has no line with {right!r}"
     for name, variant in texts.items():
         (folder / f"{name}.py").write_text(variant)
-    (folder / "program.py").write_text(PROGRAM)
-    ranks = start_ranks(2, folder / "program.py", folder, *texts)
-    assert [rank.code for rank in ranks] == [0, 0], ranks
-    return [json.loads(rank.stdout) for rank in ranks]
+    return reports_of(2, PROGRAM, folder, folder, *texts)
 
 
 def test_it_trains_as_one_process_with_the_full_batch_also_tied_and_frozen(faults):

@@ -1,12 +1,10 @@
 """ddp_tutorial.ranks.invariants: what the checks let pass, what they raise, on which ranks, and what they exchange."""
 
-import json
-
 import pytest
 import torch
 
 from ddp_tutorial.ranks.invariants import fingerprint
-from tests.ranks import start_ranks
+from tests.ranks import reports_of
 
 N, SAMPLES = 3, 10
 PROGRAM = """
@@ -71,11 +69,7 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """What each of some ranks has met in each check: None, or the message."""
-    program = tmp_path_factory.mktemp("invariants") / "program.py"
-    program.write_text(PROGRAM)
-    ranks = start_ranks(N, program)
-    assert [rank.code for rank in ranks] == [0] * N, ranks
-    return [json.loads(rank.stdout) for rank in ranks]
+    return reports_of(N, PROGRAM, tmp_path_factory.mktemp("invariants"))
 
 
 PASS = ["equal values", "no values", "equal weights", "equal weights in another order", "equal gradients"]

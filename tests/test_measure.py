@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ddp_tutorial.show.timing import trace_spans
-from tests.ranks import start_ranks
+from tests.ranks import reports_of
 
 PROGRAM = """
 import json, time
@@ -50,11 +50,7 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """What each of two ranks finds."""
-    program = tmp_path_factory.mktemp("measure") / "program.py"
-    program.write_text(PROGRAM)
-    ranks = start_ranks(2, program)
-    assert [rank.code for rank in ranks] == [0, 0], ranks
-    return [json.loads(rank.stdout) for rank in ranks]
+    return reports_of(2, PROGRAM, tmp_path_factory.mktemp("measure"))
 
 
 N_BYTES = 4 * (6 * 5 + 5 + 5 * 4 + 4)
